@@ -1,0 +1,59 @@
+# make setup        a virtual environment in .venv with pinned versions, without a GPU
+# make quickstart   pre-train, export and evaluate a tiny encoder on this machine
+# make check        what has to pass before a change is proposed: lint and test
+# make gpu-check    tests and benchmarks on a machine with a GPU, with that machine's own Python
+
+VENV := .venv
+BIN := $(VENV)/bin
+
+# The first of these that runs and is Python 3.11 or 3.12.
+FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
+	"$$p" -c '$(FITS)' 2>/dev/null && echo $$p && break; done)
+
+# Wheels of torch without CUDA (200 MB instead of 3 GB). Used only if it answers; empty = do not ask.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+ANSWERS := import sys, urllib.request; urllib.request.urlopen(sys.argv[1] + "/torch/", timeout=10)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: setup quickstart test lint format check gpu-check clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: requirements/cpu.txt setup.py
+	@test -n "$(PYTHON)" || { echo "setup: no Python 3.11 or 3.12 found; give its path:" \
+		"make setup PYTHON=/path/to/python3.12"; exit 1; }
+	@echo "setup: $(VENV) with $$($(PYTHON) --version), a minute or more"
+	@$(PYTHON) -m venv $(VENV)
+	@index=""; if test -n "$(TORCH_INDEX)" && $(BIN)/python -c '$(ANSWERS)' "$(TORCH_INDEX)" 2>/dev/null; then \
+		index="--extra-index-url $(TORCH_INDEX)"; fi; \
+	$(BIN)/pip install --quiet --quiet $$index --requirement requirements/cpu.txt
+	@$(BIN)/pip install --quiet --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+	@echo "setup: done; activate with  . $(BIN)/activate"
+
+quickstart: setup
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart.sh
+
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+check: lint test
+
+gpu-check:
+	$(PYTHON) -m pytest --quiet -m gpu
+	$(PYTHON) benchmarks/gpu.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

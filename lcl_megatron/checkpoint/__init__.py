@@ -1,0 +1,1 @@
+"""Native sharded checkpoints, and converters to other formats."""

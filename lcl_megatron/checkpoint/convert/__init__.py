@@ -1,0 +1,1 @@
+"""Name tables between this model and other frameworks' checkpoints."""

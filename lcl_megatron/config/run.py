@@ -1,0 +1,234 @@
+"""What a run does: data, batch, optimizer, parallel layout, checkpoints, logs; and the whole ``RunConfig``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lcl_megatron.config.errors import require, require_positive
+from lcl_megatron.config.model import LanguageConfig, LossConfig, PoolConfig, VisionConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which corpus is read and how rows are composed from it."""
+
+    data_path: str = ""
+    """Folder of a preprocessed corpus (``tools/preprocess_data.py --output``)."""
+    tokenizer_model: str = ""
+    """SentencePiece model; empty = the copy inside the corpus. Another tokenizer than the corpus's is refused."""
+    seq_length: int = 2048
+    """Tokens S of a row, image latents included."""
+    min_similarity: float = 0.24
+    """Images whose CLIP similarity to their sentence is lower are left out (MMC4 rule of the paper)."""
+    max_images_per_document: int = 6
+    """At most so many images of a document, chosen at random per epoch."""
+    packing_window: int = 2048
+    """Documents among which best-fit packing chooses; larger fills rows better."""
+    max_images_per_row: int = 0
+    """Image budget of a row; 0 = no limit beyond the row's tokens."""
+    context_rule: Literal["content", "index"] = "content"
+    """When an image is contrasted: ``content`` = it has an earlier content token in its document; ``index`` = its
+    ``<BoI>`` is not at position 0 of the document (official recipe)."""
+    crop_scale: tuple[float, float] = (0.9, 1.0)
+    """Area of the random crop, as a share of the image (OpenCLIP)."""
+    crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
+    """Aspect ratio of the random crop (OpenCLIP)."""
+    max_image_pixels: int = 64_000_000
+    """Images with more pixels are not decoded."""
+    max_bad_image_rate: float = 0.1
+    """Stop when more than this share of the last 1,000 images could not be decoded."""
+    num_workers: int = 2
+    """Loader processes per rank; 0 = decode in the training process."""
+    prefetch_factor: int = 2
+    """Steps each loader process prepares ahead."""
+
+    def __post_init__(self) -> None:
+        require(self.seq_length >= 2, f"data.seq_length = {self.seq_length}; at least 2 tokens are needed")
+        require_positive(
+            self, "data", "packing_window", "max_images_per_document", "max_image_pixels", "prefetch_factor"
+        )
+        for name in ("max_images_per_row", "num_workers"):
+            value = getattr(self, name)
+            require(value >= 0, f"data.{name} = {value}; it must not be negative")
+        scale, ratio = self.crop_scale, self.crop_ratio
+        require(
+            0 < scale[0] <= scale[1] <= 1,
+            f"data.crop_scale = {scale}; give the smallest and the largest share of the image, within (0, 1]",
+        )
+        require(
+            0 < ratio[0] <= ratio[1],
+            f"data.crop_ratio = {ratio}; give the smallest and the largest width / height, both positive",
+        )
+        require(
+            0 <= self.max_bad_image_rate <= 1,
+            f"data.max_bad_image_rate = {self.max_bad_image_rate} is outside [0, 1]; it is a share of images",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    lr: float = 3e-4
+    """Peak learning rate: 3e-4 for interleaved data, 5e-4 for pairs (paper)."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay; biases, LayerNorm, LayerScale and other 1-D parameters are not decayed."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.98
+    """Decay of the second moment."""
+    adam_eps: float = 1e-6
+    """Epsilon of Adam."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 = no clipping."""
+    lr_warmup_iters: int = 2000
+    """Steps of linear warm-up."""
+    lr_decay_iters: int = 0
+    """Step at which ``min_lr`` is reached; 0 = ``train_iters``."""
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.min_lr <= self.lr and self.lr > 0,
+            f"optimizer.lr = {self.lr}, optimizer.min_lr = {self.min_lr}; expected 0 <= min_lr <= lr and lr > 0",
+        )
+        for name in ("adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optimizer.{name} = {value} is outside [0, 1)")
+        require(self.adam_eps > 0, f"optimizer.adam_eps = {self.adam_eps}; it must be positive")
+        for name in ("weight_decay", "clip_grad", "lr_warmup_iters", "lr_decay_iters"):
+            value = getattr(self, name)
+            require(value >= 0, f"optimizer.{name} = {value}; it must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How one model is spread over processes. What is left of the world size is data parallel."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share every layer's matrices."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that share the line of layers."""
+    context_parallel_size: int = 1
+    """Ranks that share a row's positions. Only 1 is implemented."""
+    sequence_parallel: bool = False
+    """Split activations between matrix products over the tensor-parallel ranks."""
+    pipeline_cuts: tuple[str, ...] = ()
+    """First piece of each stage but the first, e.g. ``vision.6 language.3``; empty = balanced by FLOPs. Pieces:
+    ``vision.I``, ``pool``, ``language.embed``, ``language.I``, ``heads``."""
+    use_distributed_optimizer: bool = True
+    """Shard optimizer state over data-parallel ranks."""
+    overlap_grad_reduce: bool = True
+    """Reduce gradients while the backward pass goes on."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward pass goes on."""
+    distributed_timeout_minutes: float = 10.0
+    """A collective that takes longer ends the run."""
+
+    def __post_init__(self) -> None:
+        sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+        require_positive(self, "parallel", *sizes)
+        require(
+            self.context_parallel_size == 1,
+            f"parallel.context_parallel_size = {self.context_parallel_size}; only 1 is implemented",
+        )
+        require(
+            not self.sequence_parallel or self.tensor_model_parallel_size > 1,
+            "parallel.sequence_parallel is on with parallel.tensor_model_parallel_size = 1; "
+            "it splits activations over tensor-parallel ranks: set a size > 1 or --no-sequence-parallel",
+        )
+        require(
+            not self.overlap_param_gather or (self.use_distributed_optimizer and self.overlap_grad_reduce),
+            "parallel.overlap_param_gather is on; it needs parallel.use_distributed_optimizer and "
+            "parallel.overlap_grad_reduce: switch both on, or --no-overlap-param-gather",
+        )
+        require(
+            self.distributed_timeout_minutes > 0,
+            f"parallel.distributed_timeout_minutes = {self.distributed_timeout_minutes}; it must be positive",
+        )
+        cuts, stages = len(self.pipeline_cuts), self.pipeline_model_parallel_size
+        require(
+            cuts in (0, stages - 1),
+            f"parallel.pipeline_cuts names {cuts} cuts; {stages} stages need {stages - 1} (or none, to balance)",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Length, batch, precision, seed."""
+
+    train_iters: int = 250_000
+    """Optimizer steps of the whole run."""
+    global_batch_size: int = 2048
+    """Rows of one optimizer step, over all data-parallel ranks and micro-batches."""
+    micro_batch_size: int = 8
+    """Rows of one forward pass on one data-parallel rank."""
+    seed: int = 1234
+    """Seed of weights, data order, crops and drop-path."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Parameter and activation dtype; losses and optimizer state are float32 in either case."""
+    transformer_impl: Literal["auto", "torch", "transformer_engine"] = "auto"
+    """Layer backend; ``auto`` = TransformerEngine where it and a GPU are present, else torch."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "training", "train_iters", "global_batch_size", "micro_batch_size")
+        require(self.seed >= 0, f"training.seed = {self.seed}; it must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Where checkpoints are written and read."""
+
+    save: str = ""
+    """Folder for checkpoints, one ``step-NNNNNNNN`` folder each; empty = none is written."""
+    load: str = ""
+    """Folder of checkpoints to continue from (the newest complete one); empty = ``save`` if it holds any."""
+    save_interval: int = 1000
+    """Steps between checkpoints; one is also written at the end."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "checkpoint", "save_interval")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """What is reported, how often, and where."""
+
+    log_interval: int = 10
+    """Steps between reports."""
+    log_dir: str = ""
+    """Folder for ``metrics.jsonl``, ``tensorboard/`` and ``curves.html``; empty = console only."""
+    exit_interval: int = 0
+    """Stop (with a checkpoint) when the step is a multiple of this; 0 = never. For jobs with a time limit and tests."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "logging", "log_interval")
+        require(self.exit_interval >= 0, f"logging.exit_interval = {self.exit_interval}; it must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that defines a run. Built once, checked once, never changed."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    """Vision tower."""
+    pool: PoolConfig = field(default_factory=PoolConfig)
+    """Attention pool."""
+    language: LanguageConfig = field(default_factory=LanguageConfig)
+    """Language model."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """Losses."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Corpus and rows."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """Length, batch, precision."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer and schedule."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Layout."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """Reports."""

@@ -1,0 +1,171 @@
+"""Checks that need more than one section, or the world size: everything that can fail before the first step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from lcl_megatron.config.errors import require
+from lcl_megatron.config.run import RunConfig
+
+
+def validate(config: RunConfig, world_size: int) -> None:
+    """Check what no section can check alone. Called once before anything starts, and again when the corpus is open.
+
+    Args:
+        config: the whole configuration; a ``language.vocab_size`` of 0 (not known yet) is not checked.
+        world_size: number of processes.
+
+    Raises:
+        ConfigError: the run cannot work; without the check it would die later or, worse, train something else.
+    """
+    _check_layout(config, world_size)
+    _check_batch(config, data_parallel_size(config, world_size))
+    _check_tensor_parallel(config)
+    _check_pipeline(config)
+    _check_sequence(config)
+    _check_schedule(config)
+
+
+def data_parallel_size(config: RunConfig, world_size: int) -> int:
+    """Return the number of model replicas: world size / (tensor x pipeline x context parallel)."""
+    parallel = config.parallel
+    return world_size // (
+        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+    )
+
+
+def num_micro_batches(config: RunConfig, world_size: int) -> int:
+    """Return the number of micro-batches of one step on each data-parallel rank."""
+    training = config.training
+    return training.global_batch_size // (training.micro_batch_size * data_parallel_size(config, world_size))
+
+
+def architecture(config: RunConfig) -> dict[str, Any]:
+    """Return what a checkpoint's weights fix, by ``section.field``: a run may only load weights that agree in all.
+
+    Left out is what changes training but neither the weights' shapes nor the function they compute, such as drop-path.
+    """
+    vision, language = dataclasses.asdict(config.vision), dataclasses.asdict(config.language)
+    del vision["drop_path_rate"]
+    # The initial value of LayerScale is gone after the first step; whether it exists is not.
+    vision["layer_scale"] = vision.pop("layer_scale_init") is not None
+    fields = {f"vision.{name}": value for name, value in vision.items()}
+    fields |= {f"pool.{name}": value for name, value in dataclasses.asdict(config.pool).items()}
+    fields |= {f"language.{name}": value for name, value in language.items()}
+    return fields
+
+
+def architecture_difference(checkpoint: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:
+    """Return one line per field in which two results of ``architecture`` differ; empty = the weights fit."""
+    absent = "absent"
+    return [
+        f"{name}: {checkpoint.get(name, absent)!r} in the checkpoint, {run.get(name, absent)!r} in this run"
+        for name in [*checkpoint, *(name for name in run if name not in checkpoint)]
+        if checkpoint.get(name, absent) != run.get(name, absent)
+    ]
+
+
+def _check_layout(config: RunConfig, world_size: int) -> None:
+    parallel = config.parallel
+    tp, pp, cp = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
+    require(
+        world_size >= 1 and world_size % (tp * pp * cp) == 0,
+        f"{world_size} processes cannot be divided into replicas of tensor x pipeline x context parallel = "
+        f"{tp} x {pp} x {cp} = {tp * pp * cp} processes each; start a multiple of {tp * pp * cp} processes, "
+        "or change --tensor-model-parallel-size or --pipeline-model-parallel-size",
+    )
+
+
+def _check_batch(config: RunConfig, dp: int) -> None:
+    micro, total = config.training.micro_batch_size, config.training.global_batch_size
+    unit = micro * dp
+    require(
+        total % unit == 0,
+        f"training.global_batch_size = {total} is not a multiple of micro_batch_size x data-parallel ranks = "
+        f"{micro} x {dp} = {unit}; set --global-batch-size to {total // unit * unit or unit} or "
+        f"{(total // unit + 1) * unit}, or change --micro-batch-size",
+    )
+
+
+def _check_tensor_parallel(config: RunConfig) -> None:
+    tp = config.parallel.tensor_model_parallel_size
+    language, vision = config.language, config.vision
+    split = {
+        "vision.num_attention_heads": vision.num_attention_heads,
+        "vision.ffn_hidden_size": vision.ffn_hidden_size,
+        "language.num_attention_heads": language.num_attention_heads,
+        "language.ffn_hidden_size": language.ffn_hidden_size,
+    }
+    for name, value in split.items():
+        require(
+            value % tp == 0,
+            f"{name} = {value} cannot be split over parallel.tensor_model_parallel_size = {tp} ranks; "
+            f"choose a size that divides {value}",
+        )
+    require(
+        language.vocab_size == 0 or language.padded_vocab_size % tp == 0,
+        f"the padded vocabulary (language.vocab_size = {language.vocab_size}, rounded up to a multiple of "
+        f"language.make_vocab_size_divisible_by = {language.make_vocab_size_divisible_by}) cannot be split over "
+        f"parallel.tensor_model_parallel_size = {tp} ranks; set --language.make-vocab-size-divisible-by "
+        f"to a multiple of {tp}",
+    )
+    positions = config.training.micro_batch_size * config.data.seq_length
+    require(
+        not config.parallel.sequence_parallel or positions % tp == 0,
+        f"micro_batch_size x seq_length = {config.training.micro_batch_size} x {config.data.seq_length} = {positions} "
+        f"positions cannot be split over parallel.tensor_model_parallel_size = {tp} ranks, as "
+        f"parallel.sequence_parallel does; set --seq-length to a multiple of {tp}, or --no-sequence-parallel",
+    )
+
+
+def _check_pipeline(config: RunConfig) -> None:
+    stages = config.parallel.pipeline_model_parallel_size
+    vision, language = config.vision.num_layers, config.language.num_layers
+    # The four beside the layers: patch embedding, pool, token embedding, heads.
+    pieces = vision + language + 4
+    require(
+        stages <= pieces,
+        f"parallel.pipeline_model_parallel_size = {stages} stages for a line of {pieces} pieces ({vision} vision "
+        f"layers, {language} language layers, patch embedding, pool, token embedding, heads); a stage needs at least "
+        f"one: set --pipeline-model-parallel-size to at most {pieces}",
+    )
+
+
+def _check_sequence(config: RunConfig) -> None:
+    seq_length, patches = config.data.seq_length, config.vision.num_patches
+    limit = config.language.max_position_embeddings
+    require(
+        seq_length <= limit,
+        f"data.seq_length = {seq_length} is longer than language.max_position_embeddings = {limit}: a document that "
+        "fills its row would have no position; shorten --seq-length or raise --language.max-position-embeddings",
+    )
+    # <BoI>, the latents, <EoI>, and one token of text that is predicted from or before them.
+    shortest = patches + 3
+    require(
+        seq_length >= shortest,
+        f"data.seq_length = {seq_length} cannot hold one image: {patches} latents, <BoI>, <EoI> and a text token make "
+        f"{shortest}; raise --seq-length, or choose a smaller image or a larger patch",
+    )
+    heads, width = config.pool.num_attention_heads, config.language.hidden_size
+    require(
+        width % heads == 0,
+        f"pool.num_attention_heads = {heads} does not divide language.hidden_size = {width}, the pool's output width; "
+        "choose a divisor of it",
+    )
+
+
+def _check_schedule(config: RunConfig) -> None:
+    optimizer = config.optimizer
+    end = optimizer.lr_decay_iters or config.training.train_iters
+    name = "optimizer.lr_decay_iters" if optimizer.lr_decay_iters else "training.train_iters"
+    require(
+        optimizer.lr_warmup_iters < end,
+        f"optimizer.lr_warmup_iters = {optimizer.lr_warmup_iters} is not before {name} = {end}, the end of the "
+        "decay: the peak learning rate would never be reached; lower --lr-warmup-iters",
+    )

@@ -1,0 +1,248 @@
+"""Which images of a document are shown, where they stand, and where its tail is cut: one epoch's view of it.
+
+The rules are those of the LCL paper for MMC4 (arXiv:2406.07543, section 4.1 and appendix):
+
+1. keep images whose similarity to their sentence is high enough;
+2. of several images matched to one sentence keep a random one;
+3. keep a random choice of at most so many images;
+4. put a matched image before or after its sentence with probability 1/2 each; an inline image stays in its place;
+5. ``BOS, text and images in order, EOS``, an image being ``BoI, L x image, EoI``;
+6. cut the tail at the row's length, text segments and images whole; EOS stays.
+
+Everything is a pure function of (seed, epoch, document) and of the corpus's small side arrays. Lengths, images and
+targets of thousands of documents are computed at once without a look at their tokens; tokens are read only when a row
+is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lcl_megatron.config.errors import require
+from lcl_megatron.data.document import ImageKind
+from lcl_megatron.data.indexed_file import CorpusError
+from lcl_megatron.data.order import IndexSet, Stream, keyed_hash
+
+if TYPE_CHECKING:
+    from lcl_megatron.config.run import DataConfig
+    from lcl_megatron.data.corpus import Corpus
+
+ELIGIBILITY_CHUNK = 1 << 20
+"""Documents that are looked through at a time for images; bounds the memory of start-up."""
+
+
+@dataclass(frozen=True)
+class ComposedDocuments:
+    """What some documents look like in their epoch. n documents, k images, in order of document and position."""
+
+    documents: np.ndarray
+    """(n,) int64, index in the corpus."""
+    epochs: np.ndarray
+    """(n,) int64."""
+    lengths: np.ndarray
+    """(n,) int64, tokens with BOS, EOS and images."""
+    num_segments: np.ndarray
+    """(n,) int64, text segments that remain; always the first ones of the document."""
+    num_targets: np.ndarray
+    """(n,) int64, positions whose next token is predicted: every text token, <BoI> and EOS is a next token once."""
+    image_offsets: np.ndarray
+    """(n + 1,) int64, first image of each document in the arrays below."""
+    images: np.ndarray
+    """(k,) int64, index in the corpus."""
+    image_positions: np.ndarray
+    """(k,) int64, position of <BoI> in the document."""
+    has_context: np.ndarray
+    """(k,) bool, whether the image may be contrasted with what precedes it."""
+
+    @property
+    def num_images(self) -> np.ndarray:
+        """(n,) int64, images of each document; a document without any is not trained on."""
+        return np.diff(self.image_offsets)
+
+
+class Composer:
+    """Composes documents of a corpus.
+
+    Args:
+        corpus: The corpus, or anything with its side arrays and ``segment_tokens``.
+        config: Length of a row and the rules' numbers.
+        num_latents: Latents L per image.
+        seed: Seed of the run.
+
+    Raises:
+        ConfigError: If a row cannot hold an image.
+    """
+
+    def __init__(self, corpus: Corpus, config: DataConfig, num_latents: int, seed: int) -> None:
+        shortest = num_latents + 4
+        require(
+            config.seq_length >= shortest,
+            f"data.seq_length = {config.seq_length} cannot hold a document with an image: BOS, <BoI>, {num_latents} "
+            f"latents, <EoI> and EOS are {shortest} tokens; raise --seq-length, or choose a smaller image or a "
+            "larger patch",
+        )
+        self.corpus = corpus
+        self.config = config
+        self.num_latents = num_latents
+        """L."""
+        self.seed = seed
+        self._span = num_latents + 2
+
+    def compose(self, documents: np.ndarray, epochs: np.ndarray | int) -> ComposedDocuments:
+        """Return lengths, images and targets of documents; no token is read.
+
+        Args:
+            documents: (n,) indices in the corpus.
+            epochs: Epoch of each, (n,), or of all.
+        """
+        documents = np.asarray(documents, dtype=np.int64)
+        epochs = np.broadcast_to(np.asarray(epochs, dtype=np.int64), documents.shape)
+        # Every document owns one slot per text segment and one behind its last: an image stands before its slot.
+        slots = _Slots.of(self.corpus, documents)
+        owner, images, slot = self._choose_images(documents, epochs, slots)
+        spans_before = np.cumsum(np.bincount(slot, minlength=len(slots.lengths))) * self._span
+        first_image = np.searchsorted(owner, np.arange(len(documents) + 1))
+        text_ends = slots.text_ends()
+        ends = 1 + text_ends + spans_before - (first_image[:-1] * self._span)[slots.owner]
+        fits = ends < self.config.seq_length  # EOS takes the last position
+        text_fits = fits & slots.is_segment
+        texts = np.add.reduceat(np.where(text_fits, slots.lengths, 0), slots.offsets[:-1]) if len(documents) else ends
+        segments = np.add.reduceat(text_fits, slots.offsets[:-1], dtype=np.int64) if len(documents) else ends
+
+        rank = np.arange(len(images)) - first_image[owner]
+        text_before = text_ends[slot] - slots.lengths[slot]
+        positions = 1 + text_before + rank * self._span
+        kept = positions + self._span < self.config.seq_length
+        counts = np.bincount(owner[kept], minlength=len(documents))
+        has_context = (rank > 0) | (text_before > 0) if self.config.context_rule == "content" else positions > 0
+        return ComposedDocuments(
+            documents=documents,
+            epochs=epochs,
+            lengths=2 + texts + counts * self._span,
+            num_segments=segments,
+            num_targets=texts + counts + 1,
+            image_offsets=np.concatenate([[0], np.cumsum(counts)]),
+            images=images[kept],
+            image_positions=positions[kept],
+            has_context=has_context[kept],
+        )
+
+    def tokens(self, composed: ComposedDocuments, index: int) -> np.ndarray:
+        """Return the tokens of one composed document, (length,) int64.
+
+        Raises:
+            CorpusError: If its text is not as long as the corpus's side arrays say.
+        """
+        special = self.corpus.special_tokens
+        document = int(composed.documents[index])
+        tokens = np.full(int(composed.lengths[index]), special.image, dtype=np.int64)
+        is_text = np.ones(len(tokens), dtype=bool)
+        is_text[0] = is_text[-1] = False
+        for begin in composed.image_positions[composed.image_offsets[index] : composed.image_offsets[index + 1]]:
+            is_text[begin : begin + self._span] = False
+            tokens[begin], tokens[begin + self._span - 1] = special.boi, special.eoi
+        tokens[0], tokens[-1] = special.bos, special.eos
+        first = int(self.corpus.document_segments[document])
+        pieces = [self.corpus.segment_tokens(first + i) for i in range(int(composed.num_segments[index]))]
+        text = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
+        if len(text) != np.count_nonzero(is_text):
+            raise CorpusError(
+                f"document {document}: its {len(pieces)} segments hold {len(text)} tokens, the side arrays announce "
+                f"{np.count_nonzero(is_text)}: the corpus is damaged; preprocess it again"
+            )
+        tokens[is_text] = text
+        return tokens
+
+    def documents_with_images(self) -> IndexSet:
+        """Return the documents that have an image of sufficient similarity, in any epoch."""
+        corpus = self.corpus
+        member = np.zeros(corpus.num_documents, dtype=bool)
+        for begin in range(0, corpus.num_documents, ELIGIBILITY_CHUNK):
+            offsets = np.asarray(corpus.document_images[begin : begin + ELIGIBILITY_CHUNK + 1])
+            good = corpus.image_similarity[offsets[0] : offsets[-1]] >= self.config.min_similarity
+            total = np.concatenate([[0], np.cumsum(good)])[offsets - offsets[0]]
+            member[begin : begin + len(offsets) - 1] = total[1:] > total[:-1]
+        return IndexSet(member)
+
+    def _choose_images(
+        self, documents: np.ndarray, epochs: np.ndarray, slots: _Slots
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return position in ``documents``, index in the corpus and slot of the chosen images, in order of standing."""
+        corpus, config = self.corpus, self.config
+        offsets = np.asarray(corpus.document_images)
+        owner, images = concatenate_ranges(offsets[documents], offsets[documents + 1] - offsets[documents])
+        good = np.asarray(corpus.image_similarity)[images] >= config.min_similarity
+        owner, images = owner[good], images[good]
+        matched = np.asarray(corpus.image_kind)[images] == int(ImageKind.MATCHED)
+        segment = slots.offsets[owner] + np.asarray(corpus.image_segment)[images]
+        if len(images) == 0:
+            return owner, images, segment
+
+        key = epochs[owner]
+        # An inline image is alone in its group; matched ones share one per sentence.
+        group = np.where(matched, segment, len(slots.lengths) + np.arange(len(images)))
+        chosen = _smallest(group, keyed_hash(self.seed, Stream.SENTENCE_IMAGE, key, images), 1)
+        owner, images, segment, matched, key = (array[chosen] for array in (owner, images, segment, matched, key))
+        choice = keyed_hash(self.seed, Stream.IMAGE_CHOICE, key, images)
+        chosen = _smallest(owner, choice, config.max_images_per_document)
+        owner, images, segment, matched, key = (array[chosen] for array in (owner, images, segment, matched, key))
+        after = matched & (keyed_hash(self.seed, Stream.PLACEMENT, key, images) >> np.uint64(63) == 1)
+        slot = segment + after
+        order = np.lexsort((images, ~after, slot))
+        return owner[order], images[order], slot[order]
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """Places of images in some documents: before every text segment, and behind the last one."""
+
+    offsets: np.ndarray
+    """(n + 1,) int64, first slot of each document."""
+    owner: np.ndarray
+    """(slots,) int64, position of the document."""
+    lengths: np.ndarray
+    """(slots,) int64, tokens of the text segment behind the slot; 0 behind the last one."""
+    is_segment: np.ndarray
+    """(slots,) bool, False for the slot behind the last segment."""
+
+    @classmethod
+    def of(cls, corpus: Corpus, documents: np.ndarray) -> _Slots:
+        """Read the slots of documents from the side arrays."""
+        # A view without numpy's memmap class, whose every access costs a few microseconds.
+        borders = np.asarray(corpus.document_segments)
+        counts = borders[documents + 1] - borders[documents] + 1
+        owner, segments = concatenate_ranges(borders[documents], counts)
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        is_segment = np.ones(len(owner), dtype=bool)
+        is_segment[offsets[1:] - 1] = False
+        lengths = np.zeros(len(owner), dtype=np.int64)
+        lengths[is_segment] = np.asarray(corpus.segment_lengths)[segments[is_segment]]
+        return cls(offsets, owner, lengths, is_segment)
+
+    def text_ends(self) -> np.ndarray:
+        """Return, (slots,) int64, the text tokens of the document up to the end of each slot's segment."""
+        total = np.cumsum(self.lengths)
+        before = np.concatenate([[0], total])[self.offsets[:-1]]
+        return total - before[self.owner]
+
+
+def concatenate_ranges(first: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (i, value), each int64, of the concatenation of range(first[i], first[i] + counts[i]) for all i."""
+    counts = np.asarray(counts, dtype=np.int64)
+    owner = np.repeat(np.arange(len(counts)), counts)
+    begin = np.cumsum(counts) - counts
+    return owner, np.arange(len(owner)) + (np.asarray(first, dtype=np.int64) - begin)[owner]
+
+
+def _smallest(groups: np.ndarray, keys: np.ndarray, limit: int) -> np.ndarray:
+    """Return, ascending, the indices of the ``limit`` elements with the smallest keys of every group."""
+    contested = np.flatnonzero(np.bincount(groups)[groups] > limit)
+    order = contested[np.lexsort((keys[contested], groups[contested]))]
+    is_first = np.diff(groups[order], prepend=-1) != 0
+    rank = np.arange(len(order)) - np.flatnonzero(is_first)[np.cumsum(is_first) - 1]
+    kept = np.ones(len(groups), dtype=bool)
+    kept[order[rank >= limit]] = False
+    return np.flatnonzero(kept)

@@ -1,0 +1,274 @@
+"""Parts to corpus: append, keep a journal, publish under the final name in one rename.
+
+While a corpus is written, everything lies in a folder beside it::
+
+    .NAME.partial/
+        lock            held by the writing process
+        parts/          finished parts that wait for their turn
+        corpus/         .bin files and rejects.jsonl, growing
+        columns/        the other columns, growing
+        journal.json    parts appended so far, sizes of all growing files, counts
+
+A part is deleted when the journal that includes it is on disk. After a crash the growing files are cut back to the
+journal's sizes, so a finished part is never done again and never counted twice. Nothing of this is held in memory.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from lcl_megatron.config.errors import ConfigError
+from lcl_megatron.data.corpus import FORMAT, FORMAT_VERSION, IMAGE_ARRAYS, Corpus, file_sha256, fingerprint
+from lcl_megatron.data.corpus_part import (
+    BLOBS,
+    COLUMNS,
+    EncodedDocument,
+    PartWriter,
+    Totals,
+    sync_folder,
+    token_dtype,
+)
+from lcl_megatron.data.indexed_file import write_index
+from lcl_megatron.data.tokenizer import Tokenizer
+
+INDEXED: dict[str, tuple[str, str]] = {
+    "tokens": ("segment_lengths", "document_segments"),
+    "images": ("image_lengths", "document_images"),
+    "names": ("name_lengths", "document_images"),
+}
+"""Indexed files of a corpus, each with the columns of its sequence lengths and of its sequences per document."""
+
+
+class CorpusWriter:
+    """Builds one corpus out of parts. Use as a context manager, which holds the lock.
+
+    Args:
+        path: Folder of the corpus; appears when ``commit`` returns, and not before.
+        tokenizer: Tokenizer that made the tokens.
+        settings: Whatever else decides the content. Left-over work of a writer with other settings is discarded.
+        overwrite: Replace a corpus that is already there.
+
+    Raises:
+        ConfigError: If ``path`` exists and may not be replaced, or another process is writing it.
+    """
+
+    def __init__(self, path: str | Path, tokenizer: Tokenizer, settings: str = "", overwrite: bool = False) -> None:
+        self.path = Path(os.path.abspath(path))
+        self.staging = self.path.with_name(f".{self.path.name}.partial")
+        """Folder of everything unfinished."""
+        self.totals = Totals()
+        """Counts of the parts appended so far."""
+        self.inputs: list[dict[str, Any]] = []
+        """Inputs of the parts appended so far, in order."""
+        self._tokenizer = tokenizer
+        self._settings = f"{FORMAT_VERSION} {tokenizer.fingerprint} {settings}"
+        self._sources: list[dict[str, Any]] = []
+        self._columns = self.staging / "columns"
+        self._corpus = self.staging / "corpus"
+        self._lock: BinaryIO | None = None
+        if self.path.exists():
+            self._check_replaceable(overwrite)
+
+    def __enter__(self) -> CorpusWriter:
+        self.staging.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.staging / "lock", "wb")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.close()
+            raise ConfigError(f"another process is writing {self.path} (it holds {self.staging / 'lock'}); "
+                              "wait for it, or choose another --output") from error
+        if not self._resume():
+            self.discard()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def part_folder(self, number: int) -> Path:
+        """Return where the part of input ``number`` is to be written; it is complete if it exists."""
+        return self.staging / "parts" / f"{number:06d}"
+
+    def discard(self) -> None:
+        """Forget the work of an earlier writer and begin with nothing."""
+        self.totals, self.inputs, self._sources = Totals(), [], []
+        self._start()
+
+    def append(self, part: Path) -> Totals:
+        """Append a finished part, delete it, and return its counts."""
+        info = json.loads((part / "part.json").read_text(encoding="utf-8"))
+        totals = Totals.from_dict(info["totals"])
+        base = len(self._sources)
+        for name in (*BLOBS, *COLUMNS):
+            with open(part / name, "rb") as source, open(self._growing(name), "ab") as target:
+                if name == "document_source":
+                    rows = np.fromfile(source, dtype=COLUMNS[name]).reshape(-1, 2) + np.array([base, 0])
+                    target.write(rows.astype(COLUMNS[name]).tobytes())
+                else:
+                    shutil.copyfileobj(source, target, 1 << 20)
+                target.flush()
+                os.fsync(target.fileno())
+        self.totals.add(totals)
+        self.inputs.append(info["input"])
+        self._sources.extend({"name": name, "input": len(self.inputs) - 1} for name in info["sources"])
+        with open(self.staging / "inputs.jsonl", "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(info | {"totals": None}) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        self._write_journal()
+        shutil.rmtree(part)
+        return totals
+
+    def commit(self) -> Corpus:
+        """Write indices, side arrays and manifest, publish the folder, and return it opened.
+
+        Raises:
+            ConfigError: If not one document was kept, with the reasons; nothing is published then.
+        """
+        if self.totals.documents == 0:
+            raise ConfigError(f"no document was kept, so {self.path} is not written; "
+                              f"documents left out: {dict(self.totals.rejected_documents)}, "
+                              f"images left out: {dict(self.totals.rejected_images)}")
+        dtypes = {"tokens": token_dtype(self._tokenizer.vocab_size)}
+        for name, (lengths, per_document) in INDEXED.items():
+            write_index(self._corpus / f"{name}.idx", dtypes.get(name, np.dtype(np.uint8)),
+                        self._read_column(lengths), self._read_column(per_document))
+        for name in (*IMAGE_ARRAYS, "document_source"):
+            self._write_array(name)
+        (self._corpus / "tokenizer.model").write_bytes(self._tokenizer.model)
+        manifest = json.dumps(self._manifest(), indent=1, ensure_ascii=False) + "\n"
+        (self._corpus / "manifest.json").write_text(manifest, encoding="utf-8")
+        sync_folder(self._corpus)
+        self._publish()
+        return Corpus.open(self.path)
+
+    def _check_replaceable(self, overwrite: bool) -> None:
+        if not self.path.is_dir() or (any(self.path.iterdir()) and not (self.path / "manifest.json").is_file()):
+            raise ConfigError(f"{self.path} exists and is not a corpus; move it away or choose another --output")
+        if any(self.path.iterdir()) and not overwrite:
+            raise ConfigError(f"{self.path} already holds a corpus; use --overwrite to replace it")
+
+    def _growing(self, name: str) -> Path:
+        return (self._corpus if name in BLOBS else self._columns) / name
+
+    def _start(self) -> None:
+        for folder in (self._corpus, self._columns, self.staging / "parts"):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+        for path in (*(self._growing(name) for name in (*BLOBS, *COLUMNS)), self.staging / "inputs.jsonl"):
+            path.write_bytes(b"")
+        self._write_journal()
+
+    def _write_journal(self) -> None:
+        sizes = {name: self._growing(name).stat().st_size for name in (*BLOBS, *COLUMNS)}
+        sizes["inputs.jsonl"] = (self.staging / "inputs.jsonl").stat().st_size
+        journal = {"settings": self._settings, "sizes": sizes, "totals": vars(self.totals)}
+        temporary = self.staging / "journal.tmp"
+        with open(temporary, "w", encoding="utf-8") as stream:
+            json.dump(journal, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.rename(temporary, self.staging / "journal.json")
+
+    def _resume(self) -> bool:
+        """Take up the work of a writer that ended early; False if there is none that fits."""
+        try:
+            journal = json.loads((self.staging / "journal.json").read_text(encoding="utf-8"))
+            if journal["settings"] != self._settings:
+                return False
+            for name, size in journal["sizes"].items():
+                path = self.staging / name if name == "inputs.jsonl" else self._growing(name)
+                if path.stat().st_size < size:
+                    return False
+                os.truncate(path, size)
+        except (OSError, ValueError, KeyError):
+            return False
+        self.totals = Totals.from_dict(journal["totals"])
+        for line in (self.staging / "inputs.jsonl").read_text(encoding="utf-8").splitlines():
+            info = json.loads(line)
+            self.inputs.append(info["input"])
+            self._sources.extend({"name": name, "input": len(self.inputs) - 1} for name in info["sources"])
+        return True
+
+    def _read_column(self, name: str) -> np.ndarray:
+        path, dtype = self._growing(name), np.dtype(COLUMNS[name])
+        return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
+
+    def _write_array(self, name: str) -> None:
+        shape = (self.totals.documents, 2) if name == "document_source" else (self.totals.images,)
+        descr = np.lib.format.dtype_to_descr(np.dtype(COLUMNS[name]))
+        header = {"descr": descr, "fortran_order": False, "shape": shape}
+        with open(self._growing(name), "rb") as source, open(self._corpus / f"{name}.npy", "wb") as target:
+            np.lib.format.write_array_header_1_0(target, header)
+            shutil.copyfileobj(source, target, 1 << 20)
+
+    def _manifest(self) -> dict[str, Any]:
+        names = sorted(path.name for path in self._corpus.iterdir() if path.name != "manifest.json")
+        with ThreadPoolExecutor(4) as pool:
+            hashes = list(pool.map(lambda name: file_sha256(self._corpus / name), names))
+        files = {name: {"bytes": (self._corpus / name).stat().st_size, "sha256": value}
+                 for name, value in zip(names, hashes, strict=True)}
+        totals = self.totals
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "fingerprint": fingerprint(files),
+            "tokenizer": {
+                "fingerprint": self._tokenizer.fingerprint,
+                "vocab_size": self._tokenizer.vocab_size,
+                "special_tokens": vars(self._tokenizer.special_tokens),
+                "token_range": [totals.min_token, totals.max_token],
+            },
+            "counts": {name: getattr(totals, name) for name in
+                       ("documents", "segments", "images", "tokens", "image_bytes")},
+            "document_lengths": _sorted_counts(totals.document_lengths),
+            "document_images": _sorted_counts(totals.document_images),
+            "rejected": {"documents": dict(sorted(totals.rejected_documents.items())),
+                         "images": dict(sorted(totals.rejected_images.items()))},
+            "inputs": self.inputs,
+            "sources": self._sources,
+            "files": files,
+        }
+
+    def _publish(self) -> None:
+        replaced = self.path.with_name(f".{self.path.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if self.path.exists():
+            os.rename(self.path, replaced)
+        os.rename(self._corpus, self.path)
+        descriptor = os.open(self.path.parent, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+        shutil.rmtree(replaced, ignore_errors=True)
+        shutil.rmtree(self.staging)
+
+
+def write_corpus(path: str | Path, documents: Iterable[EncodedDocument], tokenizer: Tokenizer,
+                 overwrite: bool = False) -> Corpus:
+    """Write a corpus from a stream of documents in this process, and return it opened.
+
+    Raises:
+        ConfigError: As ``CorpusWriter``.
+        ValueError: If a document does not fit the vocabulary.
+    """
+    with CorpusWriter(path, tokenizer, overwrite=overwrite) as writer:
+        writer.discard()
+        with PartWriter(writer.part_folder(0), tokenizer.vocab_size, {}) as part:
+            for document in documents:
+                part.add(document)
+        writer.append(writer.part_folder(0))
+        return writer.commit()
+
+
+def _sorted_counts(counts: dict[str, int]) -> dict[str, int]:
+    return dict(sorted(counts.items(), key=lambda item: int(item[0])))

@@ -1,0 +1,117 @@
+"""Encoded images in a folder, by names that come from untrusted records.
+
+A name is data from the web. It may say ``../../etc/passwd``, be absolute, or lead through a symbolic link, and a file
+called ``.jpg`` may hold an HTML page or announce 10^10 pixels. Nothing is decoded here: a file that is cut short in
+the middle is found when it is decoded for training.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import stat
+import warnings
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from PIL import Image
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+"""Pillow formats that are accepted; others (FITS, EPS, PSD, ...) bring rarely tested decoders."""
+ABSENT = {errno.ENOENT: "missing file", errno.ENOTDIR: "missing file"}
+UNREADABLE = {errno.ENAMETOOLONG, errno.EACCES, errno.EISDIR, errno.ELOOP, errno.EINVAL}
+"""Errors that are the file's own. Others (EIO, ESTALE, EMFILE) are the machine's, and stop the run."""
+
+
+class ImageError(ValueError):
+    """An image that cannot be used.
+
+    Args:
+        reason: One of few fixed phrases, for counting.
+        detail: What was found.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        """One of few fixed phrases."""
+        self.detail = detail
+        """What was found."""
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """Reads image files below a folder, and never outside it.
+
+    Attributes:
+        root: The folder.
+        max_bytes: Larger files are refused.
+        max_pixels: Images whose header announces more are refused.
+    """
+
+    root: Path
+    max_bytes: int = 64 << 20
+    max_pixels: int = 64_000_000
+
+    def read(self, name: str) -> bytes:
+        """Return the bytes of an image file.
+
+        Raises:
+            ImageError: If the name leaves the folder, or there is no readable file of acceptable size.
+            OSError: If the disk fails.
+        """
+        check_name(name)
+        root = os.path.realpath(self.root)
+        path = os.path.realpath(os.path.join(root, name))
+        if not path.startswith(os.path.join(root, "")):
+            raise ImageError("unsafe image name", "a symbolic link leads out of the image folder")
+        try:
+            info = os.stat(path)
+            # Asked before opening: opening a named pipe would wait for ever.
+            if not stat.S_ISREG(info.st_mode):
+                raise ImageError("unreadable file", "not a regular file")
+            if info.st_size > self.max_bytes:
+                raise ImageError("file too large", f"{info.st_size} bytes; the limit is {self.max_bytes}")
+            data = Path(path).read_bytes()
+        except OSError as error:
+            if error.errno in ABSENT:
+                raise ImageError(ABSENT[error.errno]) from error
+            if error.errno in UNREADABLE:
+                raise ImageError("unreadable file", os.strerror(error.errno or 0)) from error
+            raise
+        if not data:
+            raise ImageError("not an image", "the file is empty")
+        return data
+
+    def probe(self, data: bytes) -> tuple[int, int]:
+        """Return width and height in pixels from an image's header; pixels are not decoded.
+
+        Raises:
+            ImageError: If the bytes are no image of an accepted format, or announce too many pixels.
+        """
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+                    width, height = image.size
+        except Image.DecompressionBombError as error:
+            raise ImageError("too many pixels", str(error)) from error
+        # Pillow's parsers raise OSError, SyntaxError, ValueError, struct.error, IndexError ... on damaged headers.
+        except Exception as error:
+            raise ImageError("not an image", f"begins with {data[:16]!r}") from error
+        if width * height > self.max_pixels:
+            raise ImageError("too many pixels", f"{width} x {height}; the limit is {self.max_pixels}")
+        return width, height
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that could lead out of the image folder, without touching the disk.
+
+    Raises:
+        ImageError: If the name is empty, absolute, has a parent part, a backslash, a NUL or a lone surrogate.
+    """
+    path = PurePosixPath(name)
+    forbidden = "\\" in name or "\0" in name or any("\ud800" <= character <= "\udfff" for character in name)
+    if forbidden or path.is_absolute() or ".." in path.parts or not path.parts:
+        raise ImageError("unsafe image name", ascii(name[:200]))

@@ -1,0 +1,1 @@
+"""Readers of upstream formats: each yields ``Document`` and ``Reject`` records."""

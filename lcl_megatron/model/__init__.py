@@ -1,0 +1,1 @@
+"""The paper's model, written for one device on megatron-core layers."""

@@ -1,0 +1,147 @@
+"""The LCL model: images to latents, latents into the token sequence, next-token losses and contrast features out.
+
+LCL (arXiv:2406.07543), section 3: a vision encoder, a causal language model, and two losses that tie them.
+
+Shape letters: N image slots, L latents per image, C vision width, H language width, D contrastive width (= H),
+T flattened positions, K text targets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor, nn
+
+from lcl_megatron.config import RunConfig
+from lcl_megatron.model.drop_path import DropPath
+from lcl_megatron.model.language import LanguageModel
+from lcl_megatron.model.line import HEADS, LANGUAGE_EMBED, POOL, Stage, whole_model
+from lcl_megatron.model.pool import AttentionPool
+from lcl_megatron.model.specs import Runtime, language_transformer_config, mark_split_weights
+from lcl_megatron.model.vision import VisionTower
+
+if TYPE_CHECKING:
+    from lcl_megatron.data.batch import PackedBatch
+
+
+@dataclass
+class Activations:
+    """What flows along the line of pieces; only what the next piece needs is set."""
+
+    patches_T1C: Tensor | None = None
+    """Patch features between vision pieces; this rank's rows under sequence parallelism."""
+    latents_NLH: Tensor | None = None
+    """Image latents between the pool and the token embedding."""
+    pooled_ND: Tensor | None = None
+    """Global image latents, from the pool to the heads."""
+    hidden_T1H: Tensor | None = None
+    """Hidden states between language pieces; this rank's rows under sequence parallelism."""
+
+
+@dataclass(frozen=True)
+class LCLOutput:
+    """What the losses read; whole and alike on every tensor-parallel rank."""
+
+    token_losses_K: Tensor
+    """(K,) float32 next-token cross-entropy of each text target."""
+    pooled_ND: Tensor
+    """(N, D) global latent of each image slot."""
+    context_ND: Tensor
+    """(N, D) the LM's output at the ``<BoI>`` before each image, normalised and projected."""
+    logit_scale: Tensor
+    """Scalar float32, log of the inverse temperature."""
+
+
+class LCLModel(MegatronModule):
+    """One pipeline stage of the model, or all of it. Absent parts are None and are passed through."""
+
+    def __init__(self, config: RunConfig, runtime: Runtime, stage: Stage | None = None) -> None:
+        super().__init__(config=language_transformer_config(config.language, runtime))
+        self.run_config = config
+        self.stage = stage = stage or whole_model(config.vision, config.language)
+        self.vision = self.pool = self.language = None
+        if stage.has_vision:
+            self.vision = VisionTower(
+                config.vision, runtime, stage.layers("vision"), stage.is_first, has_final_layernorm=stage.has(POOL)
+            )
+        if stage.has(POOL):
+            self.pool = AttentionPool(config.vision, config.pool, config.language, runtime)
+        if stage.has_language:
+            chunk_size = config.loss.cross_entropy_chunk_size if stage.has(HEADS) else None
+            self.language = LanguageModel(
+                config.language, runtime, stage.layers("language"), stage.has(LANGUAGE_EMBED), chunk_size
+            )
+        self.register_parameter("logit_scale", None)
+        if stage.has(HEADS):
+            # One entry and not a scalar, so that weight decay's rule for 1-D parameters spares it; always float32.
+            self.logit_scale = nn.Parameter(torch.empty(1, dtype=torch.float32))
+        mark_split_weights(self)
+
+    def forward(
+        self, batch: PackedBatch, activations: Activations | None = None, step: int = 0
+    ) -> Activations | LCLOutput:
+        """Run this stage's pieces.
+
+        Args:
+            batch: the micro-batch; pixels are read by the first stage only.
+            activations: what the stage before sent; None on the first stage.
+            step: optimizer step, seeds drop-path (in training mode).
+
+        Returns:
+            ``LCLOutput`` on the last stage, else the activations for the next stage.
+        """
+        state = activations or Activations()
+        if self.vision is not None:
+            state = self._see(batch, state, step)
+        if self.language is not None:
+            state = self._read(batch, state)
+        return self._finish(batch, state) if self.stage.is_last else state
+
+    def _see(self, batch: PackedBatch, state: Activations, step: int) -> Activations:
+        """Run the stage's vision pieces."""
+        patches_T1C = self.vision.embed(batch.images) if self.stage.is_first else state.patches_T1C
+        patches_T1C = self.vision.encode(patches_T1C, batch.image_keys, self._drop_path(step))
+        if self.pool is None:
+            return Activations(patches_T1C=patches_T1C)
+        latents_NLH, pooled_ND = self.pool(self.vision.finish(patches_T1C, batch.num_image_slots))
+        return Activations(latents_NLH=latents_NLH, pooled_ND=pooled_ND)
+
+    def _read(self, batch: PackedBatch, state: Activations) -> Activations:
+        """Run the stage's language pieces."""
+        hidden_T1H = state.hidden_T1H
+        if self.stage.has(LANGUAGE_EMBED):
+            hidden_T1H = self.language.embed(batch, state.latents_NLH)
+        return Activations(hidden_T1H=self.language.decode(hidden_T1H, batch), pooled_ND=state.pooled_ND)
+
+    def _finish(self, batch: PackedBatch, state: Activations) -> LCLOutput:
+        """Compute token losses and context features; a micro-batch without targets has one loss of weight 0."""
+        edge, heads = self.language.edge, self.language.heads
+        has_targets = batch.label_positions.shape[0] > 0
+        positions_K = batch.label_positions if has_targets else batch.label_positions.new_zeros(1)
+        target_hidden_KH = edge.pick_rows(state.hidden_T1H, positions_K)
+        labels_K = batch.labels.flatten().index_select(0, positions_K)
+        losses_K = heads.token_losses(target_hidden_KH, labels_K, self.language.vocabulary_weight)
+        context_hidden_NH = edge.pick_rows(state.hidden_T1H, batch.context_slots)
+        context_ND = heads.context_features(context_hidden_NH)
+        return LCLOutput(losses_K if has_targets else losses_K * 0.0, state.pooled_ND, context_ND, self.logit_scale[0])
+
+    def target_logits(self, batch: PackedBatch) -> Tensor:
+        """Return logits (K, V) float32 of every text target; for inspection, needs the whole model."""
+        state = self._read(batch, self._see(batch, Activations(), step=0))
+        hidden_KH = self.language.edge.pick_rows(state.hidden_T1H, batch.label_positions)
+        return self.language.heads.logits(self.language.heads.normalized(hidden_KH), self.language.vocabulary_weight)
+
+    def _drop_path(self, step: int) -> DropPath | None:
+        vision = self.run_config.vision
+        if not self.training or vision.drop_path_rate == 0.0:
+            return None
+        return DropPath(vision.drop_path_rate, vision.num_layers, self.run_config.training.seed, step)
+
+    def clamp_logit_scale(self) -> None:
+        """Keep the temperature within [1 / exp(max), 1]; called after each optimizer step."""
+        if self.logit_scale is not None:
+            with torch.no_grad():
+                self.logit_scale.clamp_(0.0, self.run_config.loss.logit_scale_max)

@@ -1,0 +1,84 @@
+"""What all ranks must agree on before a step: which images could be decoded, and whether to stop after it.
+
+Only the ranks that read pixels know which images are bad; every rank must divide by the same counts and leave the same
+images out of the contrast. And all ranks must stop after the same step. One small reduction on the host carries both:
+one byte per image of the global batch, and one for the request to stop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from lcl_megatron.data.batch import PackedBatch, StepBatch, StepLayout
+from lcl_megatron.parallel.contrastive import PairSlots
+from lcl_megatron.parallel.groups import ProcessGroups
+
+
+@dataclass(frozen=True)
+class AgreedStep:
+    """A global batch with the decoding verdict of all ranks."""
+
+    step: int
+    """Optimizer step, from 0."""
+    layout: StepLayout
+    """Counts from the plan."""
+    micro_batches: tuple[PackedBatch, ...]
+    """This rank's micro-batches; bad images are blank and not ``image_ok``."""
+    image_ok: np.ndarray
+    """(all images,) bool, ordered as ``layout.has_context``."""
+    stop: bool
+    """Some rank was asked to stop: this step is the last."""
+
+    @property
+    def num_pairs(self) -> int:
+        """Contrastive pairs of the global batch."""
+        return int((self.layout.has_context & self.image_ok).sum())
+
+    @property
+    def num_bad_images(self) -> int:
+        """Images of the global batch that could not be decoded."""
+        return int((~self.image_ok).sum())
+
+    def pair_slots(self, micro_batch: int) -> PairSlots:
+        """Return which image slots of a micro-batch form contrastive pairs, on every data-parallel rank.
+
+        A rank without images has one blank slot.
+        """
+        num_slots, is_pair = [], []
+        for dp_rank in range(self.layout.num_images.shape[1]):
+            begin, end = self.layout.image_range(micro_batch, dp_rank)
+            pairs = self.layout.has_context[begin:end] & self.image_ok[begin:end]
+            num_slots.append(max(1, end - begin))
+            is_pair += pairs.tolist() or [False]
+        return PairSlots(num_slots, torch.tensor(is_pair))
+
+
+def agree(batch: StepBatch, groups: ProcessGroups, stop: bool = False) -> AgreedStep:
+    """Return the step with every rank's decoding failures applied on every rank.
+
+    Args:
+        batch: this rank's part of the step.
+        groups: process groups.
+        stop: this rank was asked to stop.
+
+    Parallel: one all-reduce of bytes over all ranks, on the host.
+    """
+    num_images = len(batch.layout.has_context)
+    flags = torch.zeros(num_images + 1, dtype=torch.uint8)
+    flags[num_images] = stop
+    ranges = [batch.layout.image_range(m, groups.dp_rank) for m in range(len(batch.micro_batches))]
+    for (begin, end), micro_batch in zip(ranges, batch.micro_batches, strict=True):
+        flags[begin:end] = ~micro_batch.image_ok[: micro_batch.num_images]
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=groups.host)
+    image_ok = ~flags[:num_images].bool()
+    micro_batches = tuple(
+        micro_batch.with_image_ok(image_ok[begin:end]) if end > begin else micro_batch
+        for (begin, end), micro_batch in zip(ranges, batch.micro_batches, strict=True)
+    )
+    return AgreedStep(batch.step, batch.layout, micro_batches, image_ok.numpy(), bool(flags[num_images]))
+
+

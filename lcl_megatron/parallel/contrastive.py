@@ -1,0 +1,196 @@
+"""The contrastive loss over all data-parallel ranks, exactly, with no gradient of features on the wire.
+
+Each rank gathers all features once, streams over them for its own rows, gathers two floats per slot (the
+log-sum-exp of both directions), and can then compute the whole gradient of its own features alone: what other
+ranks' losses contribute depends only on their features and log-sum-exps, which it has. Memory is the gathered
+features and one tile of scores, whatever the global batch. The equations are in ``losses/infonce.py``.
+
+Shape letters: N slots of this rank, G slots of all ranks with padding, D feature width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lcl_megatron.losses.infonce import streamed_gradient, streamed_lse
+from lcl_megatron.parallel.collectives import gather_rows, pad_rows
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class PairSlots:
+    """The contrastive slots of one micro-batch on all data-parallel ranks; equal on all ranks, known on the host."""
+
+    num_slots: Sequence[int]
+    """Slots of each rank of the group. A rank without images may have a blank slot or none."""
+    is_pair: Tensor
+    """(sum(num_slots),) bool, rank after rank: whether the slot's image and context are contrasted. On the host:
+    it is copied to the device of the features."""
+
+    def __post_init__(self) -> None:
+        if self.is_pair.dtype != torch.bool or self.is_pair.shape != (sum(self.num_slots),):
+            raise ValueError(f"is_pair is {self.is_pair.dtype} of shape {tuple(self.is_pair.shape)}; expected bool of "
+                             f"shape ({sum(self.num_slots)},), one per slot of num_slots = {list(self.num_slots)}")
+
+
+@dataclass(frozen=True)
+class ContrastiveOutput:
+    """One rank's share of the contrastive loss of a micro-batch, as sums over this rank's valid pairs.
+
+    Divide by the pairs of the whole global batch, and sum over micro-batches and data-parallel ranks.
+    """
+
+    loss_sum: Tensor
+    """() float32, sum of ((lse_x - z_ii) + (lse_y - z_ii)) / 2; 0 without pairs. Differentiable."""
+    num_pairs: Tensor
+    """() int64, valid pairs of this rank."""
+    image_hits: Tensor
+    """() int64, this rank's images whose most similar context, of all ranks, is their own."""
+    context_hits: Tensor
+    """() int64, this rank's contexts whose most similar image, of all ranks, is their own."""
+    similarity_sum: Tensor
+    """() float32, sum of the cosines of this rank's pairs."""
+    images_GD: Tensor
+    """(G, D) detached unit features of all ranks' images; meaningful where ``is_pair_G``."""
+    contexts_GD: Tensor
+    """(G, D) detached unit features of all ranks' contexts; meaningful where ``is_pair_G``."""
+    is_pair_G: Tensor
+    """(G,) bool, False at padding too."""
+
+
+def contrastive_loss(
+    pooled_ND: Tensor,
+    context_ND: Tensor,
+    logit_scale: Tensor,
+    slots: PairSlots,
+    group: ProcessGroup | None,
+    tile_size: int,
+) -> ContrastiveOutput:
+    """Return this rank's share of the symmetric InfoNCE loss with negatives from all data-parallel ranks.
+
+    Features are normalised in float32 (float64 if given so), whatever their dtype. Every rank of the group must
+    call this, also without slots. Communication: one all-gather of 2 D floats per slot and one of 2 floats per
+    slot in the forward pass, none in the backward pass.
+
+    Gradients are meant to be *summed* over data-parallel ranks: that of ``pooled_ND`` and ``context_ND`` is the
+    derivative of the sum of all ranks' ``loss_sum``; that of ``logit_scale`` is this rank's share of it.
+    Slots that are no pair get zero gradients, and their features, NaN included, do not matter.
+
+    Args:
+        pooled_ND: (N, D) global latents of this rank's images.
+        context_ND: (N, D) context features of the same slots.
+        logit_scale: () log of the inverse temperature.
+        slots: which slots there are on all ranks of the group.
+        group: data-parallel group; None = this process alone. Replicated over tensor-parallel ranks.
+        tile_size: columns of the similarity matrix that exist at one time.
+
+    Raises:
+        ValueError: the features do not fit ``slots``.
+    """
+    own = 0 if group is None else group.rank()
+    _check_shapes(pooled_ND, context_ND, slots, own, 1 if group is None else group.size())
+    is_pair_G = pad_rows(slots.is_pair, slots.num_slots).to(pooled_ND.device, non_blocking=True)
+    first = own * max(slots.num_slots)
+    is_pair_N = is_pair_G[first:first + pooled_ND.shape[0]]
+    images_ND, contexts_ND = _unit(pooled_ND, is_pair_N), _unit(context_ND, is_pair_N)
+
+    local = torch.cat([images_ND.detach(), contexts_ND.detach()], dim=1)
+    images_GD, contexts_GD = gather_rows(local, slots.num_slots, group).chunk(2, dim=1)
+    gathered = _Gathered(images_GD, contexts_GD, is_pair_G, slots.num_slots, group, first, tile_size)
+    loss_sum, image_hits, context_hits = _InfoNCE.apply(images_ND, contexts_ND, logit_scale, gathered)
+    return ContrastiveOutput(
+        loss_sum=loss_sum,
+        num_pairs=is_pair_N.sum(),
+        image_hits=image_hits,
+        context_hits=context_hits,
+        similarity_sum=(images_ND.detach() * contexts_ND.detach()).sum(),
+        images_GD=images_GD,
+        contexts_GD=contexts_GD,
+        is_pair_G=is_pair_G,
+    )
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    """What a rank knows of all ranks, and how it reads it."""
+
+    images_GD: Tensor
+    contexts_GD: Tensor
+    is_pair_G: Tensor
+    num_slots: Sequence[int]
+    group: ProcessGroup | None
+    first: int
+    """Slot of this rank's first row."""
+    tile_size: int
+
+
+class _InfoNCE(torch.autograd.Function):
+    """Own loss sum and retrieval hits from own unit features; backward gives the gradient of all ranks' losses."""
+
+    @staticmethod
+    def forward(ctx: Any, images_ND: Tensor, contexts_ND: Tensor, logit_scale: Tensor,
+                gathered: _Gathered) -> tuple[Tensor, Tensor, Tensor]:
+        is_pair_G, tile, first = gathered.is_pair_G, gathered.tile_size, gathered.first
+        is_pair_N = is_pair_G[first:first + images_ND.shape[0]]
+        scale = logit_scale.to(images_ND.dtype).exp()
+        image_lse_N, image_best_N = streamed_lse(images_ND, gathered.contexts_GD, is_pair_G, scale, tile)
+        context_lse_N, context_best_N = streamed_lse(contexts_ND, gathered.images_GD, is_pair_G, scale, tile)
+        # Without any pair the sums are log 0; no other slot may carry that value into the backward pass.
+        lse_N2 = torch.stack([image_lse_N, context_lse_N], dim=1).masked_fill(~is_pair_N[:, None], 0.0)
+        lse_G2 = gather_rows(lse_N2, gathered.num_slots, gathered.group)
+        positive_N = scale * (images_ND * contexts_ND).sum(dim=1)
+        loss_sum = (0.5 * lse_N2.sum(dim=1) - positive_N).masked_fill(~is_pair_N, 0.0).sum()
+
+        slot_N = torch.arange(first, first + images_ND.shape[0], device=images_ND.device)
+        hits = [((best_N == slot_N) & is_pair_N).sum() for best_N in (image_best_N, context_best_N)]
+        ctx.save_for_backward(images_ND, contexts_ND, logit_scale, lse_G2)
+        ctx.gathered = gathered
+        ctx.mark_non_differentiable(*hits)
+        return loss_sum, hits[0], hits[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        images_ND, contexts_ND, logit_scale, lse_G2 = ctx.saved_tensors
+        gathered: _Gathered = ctx.gathered
+        own = slice(gathered.first, gathered.first + images_ND.shape[0])
+        scale = logit_scale.to(images_ND.dtype).exp()
+        image_lse_G, context_lse_G = lse_G2.unbind(dim=1)
+        is_pair_G = gathered.is_pair_G
+        is_pair_N = is_pair_G[own]
+        all_images = gathered.images_GD, image_lse_G, is_pair_G
+        all_contexts = gathered.contexts_GD, context_lse_G, is_pair_G
+        tile = gathered.tile_size
+        image_pull_ND, image_expected_N = streamed_gradient(
+            (images_ND, image_lse_G[own], is_pair_N), all_contexts, scale, tile)
+        context_pull_ND, context_expected_N = streamed_gradient(
+            (contexts_ND, context_lse_G[own], is_pair_N), all_images, scale, tile)
+        pair_N1 = is_pair_N[:, None].to(images_ND.dtype)
+        half = 0.5 * grad_loss
+        grad_images_ND = half * scale * (image_pull_ND - 2 * pair_N1 * contexts_ND)
+        grad_contexts_ND = half * scale * (context_pull_ND - 2 * pair_N1 * images_ND)
+        similarity_N = (images_ND * contexts_ND).sum(dim=1) * is_pair_N
+        grad_scale = half * (image_expected_N + context_expected_N - 2 * similarity_N).sum()
+        return grad_images_ND, grad_contexts_ND, (grad_scale * scale).to(logit_scale.dtype), None
+
+
+def _unit(features_ND: Tensor, is_pair_N: Tensor) -> Tensor:
+    """Return features of length 1 in at least float32; zeros at slots that are no pair."""
+    dtype = torch.promote_types(features_ND.dtype, torch.float32)
+    return F.normalize(features_ND.to(dtype).masked_fill(~is_pair_N[:, None], 0.0), dim=-1)
+
+
+def _check_shapes(pooled_ND: Tensor, context_ND: Tensor, slots: PairSlots, own: int, ranks: int) -> None:
+    """Raise ValueError unless the features fit the slots of this rank."""
+    if len(slots.num_slots) != ranks:
+        raise ValueError(f"num_slots names {len(slots.num_slots)} ranks; the group has {ranks}")
+    if pooled_ND.shape != context_ND.shape or pooled_ND.shape[0] != slots.num_slots[own]:
+        raise ValueError(f"pooled features {tuple(pooled_ND.shape)} and context features {tuple(context_ND.shape)} "
+                         f"must be equal in shape and have {slots.num_slots[own]} rows, this rank's slots")

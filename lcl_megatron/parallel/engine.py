@@ -1,0 +1,169 @@
+"""The model on all ranks: one stage per rank inside megatron-core's DDP, run by megatron-core's 1F1B schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from lcl_megatron.config import RunConfig
+from lcl_megatron.data.batch import PackedBatch
+from lcl_megatron.model.initialization import initialize_weights
+from lcl_megatron.model.lcl import LCLModel, LCLOutput
+from lcl_megatron.model.line import Stage, cut_line
+from lcl_megatron.model.sequence_edge import WholeSequence
+from lcl_megatron.model.specs import Runtime, resolve_transformer_impl
+from lcl_megatron.parallel.groups import ProcessGroups, initialize
+from lcl_megatron.parallel.pipeline import PipelineStage, PlannedP2PCommunicator, embedding_ranks
+from lcl_megatron.parallel.sequence import TensorParallelSequence
+
+LossFunction = Callable[[LCLOutput], tuple[Tensor, Any]]
+"""Takes the output of the last stage for one micro-batch; returns the loss to differentiate and what to report."""
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def start(config: RunConfig) -> ProcessGroups:
+    """Make the process groups of a run; the language model's first and last stage share the embedding group."""
+    return initialize(config.parallel, partial(embedding_ranks, cut_line(config)))
+
+
+@dataclass(frozen=True)
+class Engine:
+    """This rank's part of the model, ready to train."""
+
+    config: RunConfig
+    """The run."""
+    groups: ProcessGroups
+    """Process groups and ranks."""
+    stage: Stage
+    """Pieces of the model on this rank."""
+    ddp: DistributedDataParallel
+    """The stage inside megatron-core's data parallelism: gradients are summed over dp."""
+    device: torch.device
+    """Where the stage lives."""
+
+    @property
+    def model(self) -> LCLModel:
+        """This rank's part of the model."""
+        return self.ddp.module.model
+
+    def forward_backward(
+        self,
+        micro_batches: Sequence[PackedBatch],
+        loss_function: Callable[[int, LCLOutput], tuple[Tensor, Any]],
+        step: int,
+        forward_only: bool = False,
+        whole_gradients: bool = False,
+    ) -> list[Any]:
+        """Run all micro-batches of a step through the pipeline.
+
+        Args:
+            micro_batches: this rank's micro-batches, in order.
+            loss_function: called on the last stage with the micro-batch index and the model's output; the loss it
+                returns is differentiated as it is, i.e. it must be divided by global counts already.
+            step: optimizer step, seeds drop-path.
+            forward_only: no backward pass.
+            whole_gradients: sum gradients on every data-parallel rank, and not only the slice that the rank's
+                optimizer needs; for inspection.
+
+        Returns:
+            What ``loss_function`` reported for each micro-batch on the last stage; empty elsewhere.
+        """
+        schedule = self.ddp.config
+        images = [micro_batch.num_images for micro_batch in micro_batches]
+        pipeline = self.groups.pp_size > 1
+        communicator = PlannedP2PCommunicator(self.groups, schedule, self.stage, self.config, images)
+        batches = iter(enumerate(micro_batches))
+
+        def forward_step(iterator: Any, model: DistributedDataParallel) -> tuple[Any, Callable[[Any], Any]]:
+            index, micro_batch = next(iterator)
+            output = model(micro_batch.to(self.device), step)
+            return output, partial(self._loss_and_report, partial(loss_function, index))
+
+        return get_forward_backward_func(self.groups.pp_size, None)(
+            forward_step_func=forward_step,
+            data_iterator=batches,
+            model=[self.ddp],
+            num_microbatches=len(micro_batches),
+            # Shapes come from the plan, through the communicator.
+            seq_length=self.config.data.seq_length,
+            micro_batch_size=self.config.training.micro_batch_size,
+            forward_only=forward_only,
+            force_all_reduce=whole_gradients,
+            p2p_communicator=communicator if pipeline else None,
+            pg_collection=self.groups.collection,
+        )
+
+    def _loss_and_report(self, loss_function: LossFunction, output: LCLOutput) -> tuple[Tensor, Tensor, Any]:
+        loss, report = loss_function(output)
+        # The second entry is megatron-core's token count, by which it would divide; our losses are divided already.
+        return loss, torch.zeros((), dtype=torch.int, device=loss.device), report
+
+
+def build_engine(config: RunConfig, groups: ProcessGroups) -> Engine:
+    """Build this rank's stage with weights that do not depend on the layout, and wrap it for data parallelism."""
+    stage = cut_line(config)[groups.pp_rank]
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    parallel = config.parallel
+    runtime = Runtime(
+        collection=groups.collection,
+        tensor_parallel_size=groups.tp_size,
+        sequence_parallel=parallel.sequence_parallel,
+        edge=TensorParallelSequence(groups) if parallel.sequence_parallel else WholeSequence(),
+        params_dtype=_DTYPES[config.training.precision],
+        transformer_impl=resolve_transformer_impl(config.training.transformer_impl),
+    )
+    schedule = _schedule_config(config, runtime)
+    module = PipelineStage(config, stage, runtime, schedule)
+    initialize_weights(module.model, config.training.seed, groups.tp_rank, groups.tp_size)
+    ddp = DistributedDataParallel(
+        schedule,
+        DistributedDataParallelConfig(
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
+            grad_reduce_in_fp32=True,
+        ),
+        module.to(device),
+        pg_collection=groups.collection,
+    )
+    schedule.no_sync_func = ddp.no_sync
+    ddp.train()
+    return Engine(config, groups, stage, ddp, device)
+
+
+def _schedule_config(config: RunConfig, runtime: Runtime) -> TransformerConfig:
+    """Return what megatron-core's schedule, DDP and optimizer read. It describes no layer: widths are formal."""
+    stages = config.parallel.pipeline_model_parallel_size
+    return TransformerConfig(
+        num_layers=stages,
+        hidden_size=config.language.hidden_size,
+        num_attention_heads=config.language.num_attention_heads,
+        params_dtype=runtime.params_dtype,
+        pipeline_dtype=runtime.params_dtype,
+        bf16=runtime.params_dtype == torch.bfloat16,
+        tensor_model_parallel_size=runtime.tensor_parallel_size,
+        pipeline_model_parallel_size=stages,
+        sequence_parallel=runtime.sequence_parallel,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        # Sums, not averages, over data-parallel ranks and micro-batches.
+        calculate_per_token_loss=True,
+        finalize_model_grads_func=_finalize,
+    )
+
+
+def _finalize(model: list[Any], num_tokens: Tensor | None, **kwargs: Any) -> None:
+    """Finish all gradient reductions; never divide by megatron-core's token count."""
+    finalize_model_grads(model, None, **kwargs)

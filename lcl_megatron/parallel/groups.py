@@ -1,0 +1,192 @@
+"""The process groups of a run: who shares a layer (tp), a line of layers (pp), a row (cp), and who holds a copy (dp).
+
+``initialize`` is the first thing a training process calls. It turns the layout of ``ParallelConfig`` into
+megatron-core's process groups, and works the same under ``torchrun``, in a test and in a lone process.
+Ranks are numbered tp fastest, then cp, then dp, then pp, which is megatron-core's order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from lcl_megatron.config.errors import ConfigError, require
+from lcl_megatron.parallel import cpu_host
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from lcl_megatron.config import ParallelConfig
+
+EmbeddingRanks = Callable[[list[int]], list[int]]
+"""Takes the global ranks of one pipeline, first stage first; returns those that hold the token embedding."""
+
+
+@dataclass(frozen=True)
+class ProcessGroups:
+    """This process's place in the layout, and the groups it belongs to."""
+
+    rank: int
+    """Global rank of this process."""
+    world_size: int
+    """Number of processes."""
+    tp: ProcessGroup
+    """Ranks that share every layer's matrices with this one."""
+    pp: ProcessGroup
+    """Ranks that share the line of layers with this one, first stage first."""
+    cp: ProcessGroup
+    """Ranks that share a row's positions with this one."""
+    dp: ProcessGroup
+    """Ranks that hold the same part of the model and read other rows."""
+    host: ProcessGroup
+    """All ranks, over gloo: for small facts on the host, without waiting for the device."""
+    collection: ProcessGroupCollection
+    """The same groups, and those derived from them, for megatron-core's layers, DDP, optimizer and schedule."""
+    owns_default_group: bool
+    """Whether ``initialize`` started ``torch.distributed``, so that ``destroy`` ends it."""
+
+    @property
+    def tp_rank(self) -> int:
+        """Tensor-parallel rank."""
+        return self.tp.rank()
+
+    @property
+    def tp_size(self) -> int:
+        """Tensor-parallel size."""
+        return self.tp.size()
+
+    @property
+    def pp_rank(self) -> int:
+        """Pipeline stage of this process, from 0."""
+        return self.pp.rank()
+
+    @property
+    def pp_size(self) -> int:
+        """Number of pipeline stages."""
+        return self.pp.size()
+
+    @property
+    def cp_rank(self) -> int:
+        """Context-parallel rank."""
+        return self.cp.rank()
+
+    @property
+    def cp_size(self) -> int:
+        """Context-parallel size."""
+        return self.cp.size()
+
+    @property
+    def dp_rank(self) -> int:
+        """Data-parallel rank: which rows of the global batch are this process's."""
+        return self.dp.rank()
+
+    @property
+    def dp_size(self) -> int:
+        """Data-parallel size."""
+        return self.dp.size()
+
+    def describe(self) -> str:
+        """Return rank and coordinates, e.g. ``rank 5 (dp1 pp0 tp1)``: the prefix of every distributed error."""
+        return f"rank {self.rank} (dp{self.dp_rank} pp{self.pp_rank} tp{self.tp_rank})"
+
+    def barrier(self) -> None:
+        """Wait for all ranks, on the host."""
+        dist.barrier(group=self.host)
+
+    def destroy(self) -> None:
+        """Leave all groups; end ``torch.distributed`` if ``initialize`` started it."""
+        parallel_state.destroy_model_parallel()
+        if self.owns_default_group:
+            dist.destroy_process_group()
+
+
+def initialize(parallel: ParallelConfig, embedding_ranks: EmbeddingRanks) -> ProcessGroups:
+    """Start ``torch.distributed`` if it is not running, and split its ranks by the layout.
+
+    Uses nccl and the GPU of ``LOCAL_RANK`` where there is a GPU, gloo and the CPU host otherwise. Reads the
+    environment that ``torchrun`` sets (``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``, ...); without it, the
+    process is alone.
+
+    Args:
+        parallel: sizes and timeout.
+        embedding_ranks: which ranks of a pipeline hold the token embedding, i.e. the language model's first and
+            last stage; their embedding gradients are summed when they are tied.
+
+    Raises:
+        ConfigError: the layout does not divide the number of processes, or ``LOCAL_RANK`` has no GPU.
+    """
+    cpu_host.install()
+    timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
+    owns_default_group = not dist.is_initialized()
+    if owns_default_group:
+        _check_layout(parallel, int(os.environ.get("WORLD_SIZE", "1")))
+        _start(timeout)
+    _check_layout(parallel, dist.get_world_size())
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+        get_embedding_ranks=embedding_ranks,
+        get_position_embedding_ranks=lambda pipeline: embedding_ranks(pipeline)[:1],
+        # Only megatron-core's legacy optimizer checkpoints use them.
+        create_gloo_process_groups=False,
+    )
+    collection = ProcessGroupCollection.use_mpu_process_groups()
+    return ProcessGroups(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp=collection.tp,
+        pp=collection.pp,
+        cp=collection.cp,
+        dp=collection.dp,
+        host=_host_group(timeout),
+        collection=collection,
+        owns_default_group=owns_default_group,
+    )
+
+
+def _check_layout(parallel: ParallelConfig, world_size: int) -> None:
+    """Raise ConfigError unless one model's ranks divide the number of processes."""
+    tp, pp, cp = (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size,
+                  parallel.context_parallel_size)
+    require(world_size % (tp * pp * cp) == 0,
+            f"{world_size} processes cannot be split into models of {tp * pp * cp} "
+            f"(tensor {tp} x pipeline {pp} x context {cp}); start a multiple of {tp * pp * cp} processes or "
+            "change parallel.*_model_parallel_size")
+
+
+def _host_group(timeout: timedelta) -> ProcessGroup:
+    """Return a gloo group of all ranks: the default group if it is one."""
+    world = dist.group.WORLD
+    if world is not None and dist.get_backend(world) == "gloo":
+        return world
+    group: ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)
+    return group
+
+
+def _start(timeout: timedelta) -> None:
+    """Start ``torch.distributed`` from the launcher's environment, or alone."""
+    has_gpu = torch.cuda.is_available()
+    backend = "nccl" if has_gpu else "gloo"
+    device = None
+    if has_gpu:
+        local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local_rank >= num_gpus:
+            raise ConfigError(f"LOCAL_RANK = {local_rank}, but this node has {num_gpus} GPUs; "
+                              "start at most one process per GPU (torchrun --nproc-per-node)")
+        torch.cuda.set_device(local_rank)
+        device = torch.device("cuda", local_rank)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout, device_id=device)
+    else:
+        store = dist.HashStore()  # type: ignore[attr-defined]  # public, but missing from torch's annotations
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout, device_id=device)

@@ -1,0 +1,25 @@
+"""Bringing a step's numbers from the stage that has the losses to the process that writes them."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lcl_megatron.parallel.groups import ProcessGroups
+
+
+def sum_over_data_parallel(values: Tensor, groups: ProcessGroups, is_last_stage: bool) -> list[float]:
+    """Return values summed over the data-parallel ranks of the last stage, on every rank.
+
+    Args:
+        values: (k,) float32; read on the last stage only, where tensor-parallel ranks hold the same.
+        groups: process groups.
+        is_last_stage: whether this rank is on the last stage.
+
+    Parallel: one all-reduce over all ranks, on the host.
+    """
+    counts = is_last_stage and groups.tp_rank == 0
+    values = values.detach().cpu().double() if counts else torch.zeros(values.shape, dtype=torch.float64)
+    dist.all_reduce(values, group=groups.host)
+    return values.tolist()

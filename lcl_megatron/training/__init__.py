@@ -1,0 +1,1 @@
+"""Setup, step, loop, optimizer, logging and monitors."""

@@ -1,0 +1,328 @@
+"""Curves of one or several runs, on one page that can be sent to somebody.
+
+Reads what ``metrics_logger`` wrote. The page is a single HTML file with vector drawings inside, so it opens without
+a network and without this package; any other suffix (``.png``, ``.pdf``, ``.svg``) gives one picture.
+
+The panels stand in the order of the questions one asks of such a run: do both losses fall, does the contrast work,
+are the features alive, is the optimizer calm, is the machine busy. A collapsing encoder shows in the third row
+while the text loss looks normal.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from lcl_megatron.training.metrics_reader import RunMetrics, Series, XAxis, read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_MAX_POINTS = 1500
+_SMOOTHING_SHARE = 0.02
+_COLOURS = ("#3566b8", "#d1701f", "#2e8b57", "#a8327d", "#7a6a00", "#4d4d4d")
+_DASHES: tuple[Literal["-", "--"], ...] = ("-", "--")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One drawing."""
+
+    title: str
+    """Heading."""
+    unit: str
+    """Label of the vertical axis."""
+    metrics: tuple[tuple[str, str], ...]
+    """Metric and its legend label; the second of two is dashed."""
+    scale: float = 1.0
+    """Factor on the values, e.g. 100 for percent."""
+    is_log: bool = False
+    """Logarithmic vertical axis."""
+    from_zero: bool = False
+    """Start the vertical axis at 0: quantities of which a small part would look like a large change."""
+    guess: tuple[str, Callable[[np.ndarray], np.ndarray]] | None = None
+    """Metric and function of it that give the level of pure guessing, drawn as a dotted line."""
+
+
+def _guessing_accuracy(num_negatives: np.ndarray) -> np.ndarray:
+    return 1 / (num_negatives + 1)
+
+
+def _guessing_loss(num_negatives: np.ndarray) -> np.ndarray:
+    return np.asarray(np.log(num_negatives + 1))
+
+
+PANELS = (
+    Panel("Generation loss", "nats per text token", (("loss/generation", ""),)),
+    Panel("Contrastive loss", "nats per pair", (("loss/contrastive", ""),),
+          guess=("contrast/num_negatives", _guessing_loss)),
+    Panel("Total loss", "nats", (("loss/total", ""),)),
+    Panel("Retrieval within the batch", "top-1 accuracy, %",
+          (("contrast/image_to_context_accuracy", "image to context"),
+           ("contrast/context_to_image_accuracy", "context to image")),
+          scale=100, from_zero=True, guess=("contrast/num_negatives", _guessing_accuracy)),
+    Panel("Logit scale", "1 / temperature", (("contrast/logit_scale", ""),)),
+    Panel("Contrastive pairs", "per step", (("contrast/num_pairs", "pairs"), ("contrast/num_negatives", "negatives"))),
+    Panel("Feature spread", "standard deviation", (("features/pooled_std", ""),), from_zero=True),
+    Panel("Effective rank", "dimensions",
+          (("features/pooled_effective_rank", "pooled latents"),
+           ("features/context_effective_rank", "context features")), from_zero=True),
+    Panel("Gradient norm", "before clipping", (("optimizer/grad_norm", ""),), is_log=True),
+    Panel("Learning rate", "", (("optimizer/learning_rate", ""),)),
+    Panel("Images", "per second", (("perf/images_per_s", ""),), from_zero=True),
+    Panel("Tokens", "per second", (("perf/tokens_per_s", ""),), from_zero=True),
+    Panel("Step time", "ms", (("perf/step_ms", "step"), ("perf/data_wait_ms", "waiting for data")), from_zero=True),
+    Panel("Model FLOPs utilization", "% of peak", (("perf/model_flops_utilization", ""),), scale=100,
+          from_zero=True),
+    Panel("Row fill", "% of positions", (("data/fill", ""),), scale=100),
+    Panel("Undecodable images", "", (("data/bad_images", ""),), from_zero=True),
+)  # fmt: skip
+"""Every panel, in page order; one without data is left out."""
+
+
+def write_curves(paths: Sequence[Path], output: Path, names: Sequence[str] = (), x_axis: XAxis = "step") -> None:
+    """Draw the runs and write the page, or one picture.
+
+    Args:
+        paths: log folders or ``metrics.jsonl`` files, one per run.
+        output: ``.html`` for the page; ``.png``, ``.pdf`` or ``.svg`` for one picture.
+        names: names of the runs, one per path; empty = names of their folders.
+        x_axis: horizontal axis.
+
+    Raises:
+        ValueError: names do not match paths, the suffix is unknown, or a file is not a run's.
+    """
+    if names and len(names) != len(paths):
+        raise ValueError(f"{len(names)} names for {len(paths)} runs; give one name per run, or none")
+    suffix = output.suffix.lower()
+    if suffix not in (".html", ".png", ".pdf", ".svg"):
+        raise ValueError(f"cannot write {output.name}; choose one of .html, .png, .pdf, .svg")
+    runs = [read_metrics(path, name) for path, name in zip(paths, names or [""] * len(paths), strict=True)]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if suffix == ".html":
+        output.write_text(render_page(runs, x_axis), encoding="utf-8")
+    else:
+        output.write_bytes(_draw(_panels_of(runs), runs, x_axis, suffix[1:], columns=3))
+
+
+def render_page(runs: Sequence[RunMetrics], x_axis: XAxis = "step") -> str:
+    """Return the page: heading, one drawing per panel, table of final values."""
+    drawings = []
+    for panel in _panels_of(runs):
+        picture = base64.b64encode(_draw([panel], runs, x_axis, "svg", columns=1)).decode("ascii")
+        label = html.escape(panel.title, quote=True)
+        drawings.append(f'<img alt="{label}" src="data:image/svg+xml;base64,{picture}">')
+    legend = "".join(
+        f'<li><span style="background:{_colour(index)}"></span>{html.escape(run.name)}</li>'
+        for index, run in enumerate(runs)
+    )
+    return _PAGE.format(legend=legend, drawings="\n".join(drawings), table=_final_values(runs))
+
+
+def _panels_of(runs: Sequence[RunMetrics]) -> list[Panel]:
+    """Return the panels for which some run has a value."""
+    return [panel for panel in PANELS if any(name in run.series for run in runs for name, _ in panel.metrics)]
+
+
+def _draw(panels: Sequence[Panel], runs: Sequence[RunMetrics], x_axis: XAxis, kind: str, columns: int) -> bytes:
+    """Return a picture of panels in a grid, in the format ``kind``.
+
+    matplotlib is imported here: a training process that draws nothing need not load it. Figures are made without
+    pyplot, which would keep them alive and may ask for a display.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    rows = math.ceil(len(panels) / columns)
+    style: dict[Any, Any] = {
+        "font.family": ["DejaVu Sans"],
+        "font.size": 9,
+        "axes.titlesize": 10.5,
+        "axes.titleweight": "bold",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": "#999999",
+        "axes.labelcolor": "#444444",
+        "xtick.color": "#666666",
+        "ytick.color": "#666666",
+        "grid.color": "#e6e6e6",
+        "svg.hashsalt": "lcl_megatron",  # equal input, equal file
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(4.6 * columns, 2.9 * rows), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False).reshape(-1)
+        for panel, axis in zip(panels, axes, strict=False):
+            _draw_panel(axis, panel, runs, x_axis)
+        for axis in axes[len(panels) :]:
+            axis.set_axis_off()
+        if columns > 1:  # a picture that stands alone; the page names its runs itself
+            _draw_run_names(figure, runs)
+        buffer = io.BytesIO()
+        metadata = {"Date": None} if kind == "svg" else {"CreationDate": None} if kind == "pdf" else None
+        figure.savefig(buffer, format=kind, dpi=110, metadata=metadata)
+    return buffer.getvalue()
+
+
+def _draw_panel(axes: Axes, panel: Panel, runs: Sequence[RunMetrics], x_axis: XAxis) -> None:
+    """Draw one panel: every run in its colour, raw values faintly under their smoothed line."""
+    from matplotlib.ticker import EngFormatter
+
+    for index, run in enumerate(runs):
+        for (name, _), dash in zip(panel.metrics, _DASHES, strict=False):
+            if name in run.series:
+                _draw_metric(axes, *run.points(name, x_axis), panel.scale, {"color": _colour(index), "linestyle": dash})
+        if panel.guess is not None and panel.guess[0] in run.series:
+            x, count = run.points(panel.guess[0], x_axis)
+            level = panel.guess[1](count) * panel.scale
+            axes.plot(*_thin_out(x, level), color=_colour(index), alpha=0.6, linewidth=1, linestyle=":")
+    axes.set_title(panel.title, loc="left")
+    axes.set_ylabel(panel.unit)
+    axes.set_xlabel("optimizer step" if x_axis == "step" else "images consumed")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if panel.is_log:
+        axes.set_yscale("log")
+    else:
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5))
+    if panel.from_zero:
+        axes.set_ylim(bottom=0)
+    axes.grid(True)
+    axes.set_axisbelow(True)
+    _draw_key(axes, panel, runs)
+
+
+def _draw_metric(axes: Axes, x: np.ndarray, y: np.ndarray, scale: float, style: dict[str, Any]) -> None:
+    """Draw one metric of one run; reports with a value that is not finite are red crosses at the bottom."""
+    finite = np.isfinite(y)
+    values = y[finite] * scale
+    axes.plot(*_thin_out(x[finite], values), color=style["color"], alpha=0.25, linewidth=0.8)
+    axes.plot(*_thin_out(x[finite], _smooth(values)), linewidth=1.6, **style)
+    broken = x[~finite]
+    if len(broken) > 0:
+        bottom = axes.get_xaxis_transform()
+        axes.plot(broken, np.full(len(broken), 0.03), "x", color="#cc0000", markersize=5, transform=bottom)
+
+
+def _draw_key(axes: Axes, panel: Panel, runs: Sequence[RunMetrics]) -> None:
+    """Explain line styles: the metrics of a panel that shows two, and the dotted line of guessing."""
+    from matplotlib.lines import Line2D
+
+    grey = "#444444"
+    lines = [
+        Line2D([], [], color=grey, linewidth=1.6, linestyle=dash, label=label)
+        for (name, label), dash in zip(panel.metrics, _DASHES, strict=False)
+        if label and any(name in run.series for run in runs)
+    ]
+    if panel.guess is not None and any(panel.guess[0] in run.series for run in runs):
+        lines.append(Line2D([], [], color=grey, linewidth=1, linestyle=":", label="guessing"))
+    if lines:
+        axes.legend(handles=lines, fontsize=7.5, frameon=False)
+
+
+def _draw_run_names(figure: Figure, runs: Sequence[RunMetrics]) -> None:
+    """Name the runs' colours once, above all panels."""
+    from matplotlib.lines import Line2D
+
+    lines = [Line2D([], [], color=_colour(index), linewidth=2, label=run.name) for index, run in enumerate(runs)]
+    figure.legend(handles=lines, fontsize=10, frameon=False, loc="outside upper left", ncols=min(6, len(runs)))
+
+
+def _colour(index: int) -> str:
+    return _COLOURS[index % len(_COLOURS)]
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Return a running mean, centred, over 2% of the reports; at the ends over the reports that exist.
+
+    A centred mean does not lag behind, as an exponential one does: two runs with different report intervals compare.
+    """
+    half = int(len(values) * _SMOOTHING_SHARE / 2)
+    if half == 0:
+        return values
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    begin, end = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
+    return np.asarray((total[end] - total[begin]) / (end - begin))
+
+
+def _thin_out(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return at most ``_MAX_POINTS`` points: of each stretch the lowest and the highest, so that spikes stay."""
+    if len(y) <= _MAX_POINTS:
+        return x, y
+    keep: set[int] = {0, len(y) - 1}
+    for stretch in np.array_split(np.arange(len(y)), _MAX_POINTS // 2 - 1):
+        keep |= {int(stretch[y[stretch].argmin()]), int(stretch[y[stretch].argmax()])}
+    index = np.array(sorted(keep))
+    return x[index], y[index]
+
+
+def _final_values(runs: Sequence[RunMetrics]) -> str:
+    """Return the table of last values, one column per run; the mean of the last 2% of the reports stands beside."""
+    names = sorted({name for run in runs for name in run.series})
+    head = "".join(f'<th colspan="2">{html.escape(run.name)}</th>' for run in runs)
+    rows = [
+        f"<tr><th></th>{head}</tr>",
+        "<tr><th></th>" + "<th>last</th><th>mean of last 2%</th>" * len(runs) + "</tr>",
+    ]
+    cells = "".join(f'<td colspan="2">{run.steps[-1]:,}</td>' for run in runs)
+    rows.append(f"<tr><td>steps</td>{cells}</tr>")
+    cells = "".join(f'<td colspan="2">{(run.times[-1] - run.times[0]) / 3600:.2f}</td>' for run in runs)
+    rows.append(f"<tr><td>hours between first and last report</td>{cells}</tr>")
+    for name in names:
+        cells = "".join(_value_cells(run.series.get(name)) for run in runs)
+        rows.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
+    return "\n".join(rows)
+
+
+def _value_cells(series: Series | None) -> str:
+    """Return two table cells: the last value, and the mean of the last 2% of the values."""
+    if series is None:
+        return "<td></td><td></td>"
+    tail = series.values[-max(1, int(len(series.values) * _SMOOTHING_SHARE)) :]
+    return f"<td>{_number(series.values[-1])}</td><td>{_number(np.mean(tail))}</td>"
+
+
+def _number(value: float) -> str:
+    """Return counts in full, with thousands separators, and other numbers with five digits."""
+    if math.isfinite(value) and abs(value) >= 1e4:
+        return f"{value:,.0f}"
+    return f"{value:.5g}"
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Training curves</title>
+<style>
+body {{ font: 15px/1.45 system-ui, sans-serif; color: #222; background: #fff; margin: 2rem auto; max-width: 1500px;
+       padding: 0 1rem }}
+h1 {{ font-size: 1.4rem }} h2 {{ font-size: 1.1rem; margin-top: 2rem }}
+ul {{ list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .3rem 1.5rem }}
+li span {{ display: inline-block; width: 1.4rem; height: .3rem; margin-right: .5rem; vertical-align: middle }}
+.drawings {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(380px, 1fr)); gap: 1rem }}
+.drawings img {{ width: 100% }}
+.scroll {{ overflow-x: auto }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
+th, td {{ padding: .2rem .9rem; text-align: right; border-bottom: 1px solid #e6e6e6 }}
+th:first-child, td:first-child {{ text-align: left }}
+p {{ color: #555 }}
+</style></head><body>
+<h1>Training curves</h1>
+<ul>{legend}</ul>
+<p>Faint: every report. Strong: centred mean over 2% of the reports. Red cross: a value that is not finite.</p>
+<div class="drawings">
+{drawings}
+</div>
+<h2>Final values</h2>
+<div class="scroll"><table>
+{table}
+</table></div>
+</body></html>
+"""

@@ -1,0 +1,57 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from lcl_megatron.checkpoint import native
+from lcl_megatron.training.bad_images import BadImageWatch
+from lcl_megatron.training.meter import Meter
+from lcl_megatron.training.run import Run
+from lcl_megatron.training.step import train_step
+
+logger = logging.getLogger(__name__)
+
+
+def train(run: Run) -> None:
+    """Train until ``train_iters``; report and save on their intervals, and save when asked to stop.
+
+    Raises:
+        TooManyBadImagesError: the corpus's images can not be trusted; a checkpoint is written first.
+    """
+    config = run.config
+    meter = Meter(run)
+    watch = BadImageWatch(config.data.max_bad_image_rate)
+    waiting_since = time.perf_counter()
+    for batch in run.loader:
+        data_wait_s = time.perf_counter() - waiting_since
+        result = train_step(run, batch)
+        run.progress = native.Progress(
+            step=batch.step + 1,
+            consumed_rows=run.progress.consumed_rows + config.training.global_batch_size,
+            consumed_images=run.progress.consumed_images + int(batch.layout.num_images.sum()),
+            data_fingerprint=run.progress.data_fingerprint,
+        )
+        watch.add(result.agreed, batch.bad_images)
+        meter.add(result, batch, data_wait_s)
+
+        step, last = run.progress.step, run.progress.step == config.training.train_iters
+        stop = result.agreed.stop or (config.logging.exit_interval and step % config.logging.exit_interval == 0)
+        if step % config.logging.log_interval == 0 or last or stop:
+            run.logger.log(step, meter.report(watch.total))
+        if step % config.checkpoint.save_interval == 0 or last or stop:
+            save_checkpoint(run)
+        if stop:
+            break
+        waiting_since = time.perf_counter()
+
+
+def save_checkpoint(run: Run) -> None:
+    """Write a checkpoint of the run as it is, if the run has a place for them; collective over all ranks."""
+    if not run.config.checkpoint.save:
+        return
+    tokenizer = (run.corpus.path / native.TOKENIZER_FILE).read_bytes()
+    folder = native.save(run.config.checkpoint.save, run.trainable, run.progress, tokenizer)
+    if run.engine.groups.rank == 0:
+        logger.info("saved %s", folder)

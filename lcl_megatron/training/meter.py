@@ -1,0 +1,134 @@
+"""Turning a stretch of steps into one report: mean losses, speed, and the monitors in which collapse shows.
+
+The text loss does not show a collapsed encoder (section 4.2 of the paper); retrieval accuracy, spread and effective
+rank of the features do.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from lcl_megatron.data.batch import StepBatch
+from lcl_megatron.losses.monitors import alignment, background_similarity, effective_rank, feature_std
+from lcl_megatron.parallel.report import sum_over_data_parallel
+from lcl_megatron.training.flops import device_peak_flops, layout_flops, model_flops_utilization
+
+if TYPE_CHECKING:
+    from lcl_megatron.training.run import Run
+    from lcl_megatron.training.step import StepResult
+
+
+class Meter:
+    """Collects steps since the last report. Tensors stay on the device until a report is due."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        self.peak_flops = device_peak_flops(name, run.config.training.precision)
+        self._start()
+
+    def _start(self) -> None:
+        self.since = time.perf_counter()
+        self.data_wait_s = 0.0
+        self.steps = self.images = self.tokens = self.pairs = self.bad_images = 0
+        self.flops = 0.0
+        self.sums = torch.zeros(4, device=self.run.engine.device)
+        self.result: StepResult | None = None
+
+    def add(self, result: StepResult, batch: StepBatch, data_wait_s: float) -> None:
+        """Add a step.
+
+        Args:
+            result: what the step returned.
+            batch: what it read.
+            data_wait_s: seconds the step waited for it.
+        """
+        layout = batch.layout
+        self.steps += 1
+        self.images += int(layout.num_images.sum())
+        self.tokens += layout.num_tokens
+        self.pairs += result.agreed.num_pairs
+        self.data_wait_s += data_wait_s
+        self.flops += layout_flops(self.run.config, layout)
+        self.result = result
+        for losses in result.losses:
+            contrast = losses.contrast
+            self.sums += torch.stack(
+                [losses.generation_loss, losses.contrastive_loss, contrast.image_hits, contrast.context_hits]
+            )
+
+    def report(self, bad_images: int) -> dict[str, float]:
+        """Return the metrics since the last report, and start anew; collective over all ranks.
+
+        Losses are means over steps; accuracies over all pairs; features are those of the last micro-batch.
+
+        Args:
+            bad_images: images that could not be decoded since the process started.
+        """
+        run, result = self.run, self.result
+        assert result is not None, "a report needs at least one step"
+        seconds = time.perf_counter() - self.since
+        is_last_stage = run.engine.stage.is_last
+        sums = torch.cat([self.sums, self._features(result) if is_last_stage else self.sums.new_zeros(_FEATURES)])
+        totals = sum_over_data_parallel(sums, run.engine.groups, is_last_stage)
+        generation, contrastive = totals[0] / self.steps, totals[1] / self.steps
+        weights, ranks = run.config.loss, run.engine.groups.dp_size
+        metrics = {
+            "loss/total": weights.generation_loss_weight * generation + weights.contrastive_loss_weight * contrastive,
+            "loss/generation": generation,
+            "loss/contrastive": contrastive,
+            "optimizer/learning_rate": result.learning_rate,
+            "optimizer/grad_norm": result.grad_norm,
+            "contrast/image_to_context_accuracy": totals[2] / max(1, self.pairs),
+            "contrast/context_to_image_accuracy": totals[3] / max(1, self.pairs),
+            "contrast/num_pairs": self.pairs / self.steps,
+            "perf/images_per_s": self.images / seconds,
+            "perf/tokens_per_s": self.tokens / seconds,
+            "perf/step_ms": 1000 * seconds / self.steps,
+            "perf/data_wait_ms": 1000 * self.data_wait_s / self.steps,
+            "perf/tflops_per_device": self.flops / seconds / run.engine.groups.world_size / 1e12,
+            "data/bad_images": bad_images,
+            "data/consumed_rows": run.progress.consumed_rows,
+            "data/consumed_images": run.progress.consumed_images,
+            "data/fill": self.tokens / (self.steps * run.config.training.global_batch_size * run.config.data.seq_length),
+        }
+        metrics |= dict(zip(_FEATURE_NAMES, (value / ranks for value in totals[4:]), strict=True))
+        utilization = model_flops_utilization(
+            self.flops, seconds, run.engine.groups.world_size, self.peak_flops
+        )
+        if utilization is not None:
+            metrics["perf/model_flops_utilization"] = utilization
+        self._start()
+        return metrics
+
+    def _features(self, result: StepResult) -> torch.Tensor:
+        """Return monitors of the last micro-batch's features, which every rank of the last stage has gathered."""
+        contrast = result.losses[-1].contrast
+        images, contexts = contrast.images_GD[contrast.is_pair_G], contrast.contexts_GD[contrast.is_pair_G]
+        values = [
+            feature_std(images),
+            effective_rank(images),
+            feature_std(contexts),
+            effective_rank(contexts),
+            alignment(images, contexts),
+            background_similarity(images, contexts),
+            torch.as_tensor(max(0, images.shape[0] - 1)),
+            result.losses[-1].logit_scale.exp(),
+        ]
+        return torch.stack([torch.as_tensor(value).to(self.sums) for value in values])
+
+
+_FEATURE_NAMES = (
+    "features/pooled_std",
+    "features/pooled_effective_rank",
+    "features/context_std",
+    "features/context_effective_rank",
+    "contrast/pair_similarity",
+    "contrast/background_similarity",
+    "contrast/num_negatives",
+    "contrast/logit_scale",
+)
+_FEATURES = len(_FEATURE_NAMES)

@@ -1,0 +1,38 @@
+"""One run in memory: everything that setup builds and the loop uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lcl_megatron.checkpoint.native import Progress, Trainable
+from lcl_megatron.config import RunConfig
+from lcl_megatron.data.corpus import Corpus
+from lcl_megatron.data.loader import StepLoader
+from lcl_megatron.parallel.engine import Engine
+from lcl_megatron.training.metrics_logger import MetricsLogger
+from lcl_megatron.training.stop import StopSignal
+
+
+@dataclass
+class Run:
+    """A run between its steps. Only ``progress`` changes."""
+
+    config: RunConfig
+    """Resolved configuration."""
+    trainable: Trainable
+    """Model, optimizer, schedule."""
+    corpus: Corpus
+    """Where rows come from."""
+    loader: StepLoader
+    """Yields this rank's part of each global batch."""
+    logger: MetricsLogger
+    """Writes reports on rank 0."""
+    stop: StopSignal
+    """Set by SIGTERM."""
+    progress: Progress
+    """How far the run has come."""
+
+    @property
+    def engine(self) -> Engine:
+        """This rank's part of the model."""
+        return self.trainable.engine

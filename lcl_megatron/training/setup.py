@@ -1,0 +1,162 @@
+"""From a configuration to a run: everything that can fail is built and checked before the first step."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lcl_megatron.checkpoint import native
+from lcl_megatron.config import ConfigError, RunConfig
+from lcl_megatron.config.sources import describe
+from lcl_megatron.config.validate import data_parallel_size, validate
+from lcl_megatron.data.corpus import Corpus
+from lcl_megatron.data.loader import StepLoader
+from lcl_megatron.data.plan import Plan
+from lcl_megatron.model.initialization import count_parameters
+from lcl_megatron.parallel import engine as engines
+from lcl_megatron.parallel.groups import ProcessGroups
+from lcl_megatron.training.metrics_logger import MetricsLogger
+from lcl_megatron.training.optimizer import build_optimizer, build_scheduler
+from lcl_megatron.training.run import Run
+from lcl_megatron.training.stop import StopSignal
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def run_from(config: RunConfig) -> Iterator[Run]:
+    """Build a run, new or continued, on all ranks; leave the process groups at the end.
+
+    Raises:
+        ConfigError, CorpusError, CheckpointError: the run cannot work as configured; rank 0's message says why.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    _configure_logging(int(os.environ.get("RANK", "0")))
+    validate(config, world_size)
+    corpus = open_corpus(config)
+    config = with_vocabulary(config, corpus)
+    validate(config, world_size)
+    plan = build_plan(config, corpus, data_parallel_size(config, world_size))
+    groups = engines.start(config)
+    try:
+        run = _build(config, corpus, plan, groups)
+        try:
+            yield run
+        finally:
+            run.logger.close()
+    finally:
+        groups.destroy()
+
+
+def open_corpus(config: RunConfig) -> Corpus:
+    """Open the corpus and check it against its tokenizer."""
+    if not config.data.data_path:
+        raise ConfigError("data.data_path is empty; give the folder that tools/preprocess_data.py wrote: --data-path")
+    return Corpus.open(config.data.data_path, config.data.tokenizer_model)
+
+
+def with_vocabulary(config: RunConfig, corpus: Corpus) -> RunConfig:
+    """Return the configuration with the corpus's vocabulary size filled in.
+
+    Raises:
+        ConfigError: ids of the corpus do not fit the model's vocabulary; megatron-core would turn them into silent
+            wrong numbers.
+    """
+    size = config.language.vocab_size
+    if size and size < corpus.vocab_size:
+        raise ConfigError(
+            f"language.vocab_size = {size} is smaller than the corpus's vocabulary of {corpus.vocab_size} ids "
+            f"({corpus.path}); leave it at 0 or raise it"
+        )
+    if size:
+        return config
+    return dataclasses.replace(config, language=dataclasses.replace(config.language, vocab_size=corpus.vocab_size))
+
+
+def build_plan(config: RunConfig, corpus: Corpus, dp_size: int) -> Plan:
+    """Return the data order of a run."""
+    training = config.training
+    return Plan(
+        corpus,
+        config.data,
+        config.vision.num_patches,
+        training.global_batch_size,
+        training.micro_batch_size,
+        dp_size,
+        training.seed,
+    )
+
+
+def _build(config: RunConfig, corpus: Corpus, plan: Plan, groups: ProcessGroups) -> Run:
+    if groups.rank == 0:
+        logger.info("configuration\n%s", describe(config))
+        logger.info("%s: %d documents, %d images", corpus.path, corpus.num_documents, corpus.num_images)
+    engine = engines.build_engine(config, groups)
+    logger.debug("%s holds %s", groups.describe(), ", ".join(engine.stage.pieces))
+    optimizer = build_optimizer(engine)
+    trainable = native.Trainable(engine, optimizer, build_scheduler(config, optimizer))
+    progress = _resume(config, plan, trainable)
+    if groups.rank == 0:
+        logger.info(
+            "%d processes: tensor %d x pipeline %d x data %d; %.2f M parameters on this rank; step %d of %d",
+            groups.world_size, groups.tp_size, groups.pp_size, groups.dp_size,
+            count_parameters(engine.ddp) / 1e6, progress.step, config.training.train_iters,
+        )
+    stop = StopSignal()
+    stop.listen()
+    return Run(
+        config=config,
+        trainable=trainable,
+        corpus=corpus,
+        loader=StepLoader(
+            plan,
+            groups.dp_rank,
+            config.vision.image_size,
+            with_images=engine.stage.is_first,
+            start_step=progress.step,
+            consumed_rows=progress.consumed_rows,
+            end_step=config.training.train_iters,
+        ),
+        logger=MetricsLogger(
+            Path(config.logging.log_dir) if config.logging.log_dir else None, config.training.train_iters, is_writer=groups.rank == 0, resume_step=progress.step
+        ),
+        stop=stop,
+        progress=progress,
+    )
+
+
+def _resume(config: RunConfig, plan: Plan, trainable: native.Trainable) -> native.Progress:
+    """Load the newest complete checkpoint, if there is one to continue from.
+
+    Raises:
+        CheckpointError: ``checkpoint.load`` holds none, or it was trained on other data or in another order.
+    """
+    checkpoint = native.find_latest(config.checkpoint.load or config.checkpoint.save or "")
+    if checkpoint is None:
+        if config.checkpoint.load:
+            raise native.CheckpointError(f"--load {config.checkpoint.load}: no complete checkpoint (step-NNNNNNNN) there")
+        return native.Progress(data_fingerprint=plan.fingerprint)
+    progress = native.load(checkpoint, trainable)
+    if progress.data_fingerprint != plan.fingerprint:
+        raise native.CheckpointError(
+            f"{checkpoint} was trained on other data, or with another seed or composition of rows; continuing would "
+            "repeat and skip documents. Use the settings of its run.toml, or start in another folder"
+        )
+    if trainable.engine.groups.rank == 0:
+        logger.info("continuing from %s", checkpoint)
+    return progress
+
+
+def _configure_logging(rank: int) -> None:
+    """Send messages to standard error: rank 0 from INFO on, the others warnings only, with their rank in front."""
+    logging.basicConfig(
+        stream=sys.stderr,
+        format=f"[rank {rank}] %(message)s" if rank else "%(message)s",
+        level=logging.WARNING,
+    )
+    logging.getLogger("lcl_megatron").setLevel(logging.INFO if rank == 0 else logging.WARNING)

@@ -1,0 +1,96 @@
+"""Process groups. Oracle: the rank numbering that ``groups.py`` promises, written out as arithmetic."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lcl_megatron.config import ConfigError, ParallelConfig
+from lcl_megatron.parallel import groups
+from tests.distributed import RankError, run_distributed
+
+
+def _layout(tp: int, pp: int) -> ParallelConfig:
+    return ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+
+
+def _last_two(pipeline: list[int]) -> list[int]:
+    return pipeline[-2:]
+
+
+def _members(group: dist.ProcessGroup | None) -> list[int]:
+    return [] if group is None else dist.get_process_group_ranks(group)
+
+
+@pytest.mark.parametrize(("tp", "pp", "dp"), [(1, 1, 4), (2, 1, 2), (1, 2, 2), (2, 2, 1), (1, 4, 1), (2, 3, 1)])
+def test_groups_when_layout_varies_follow_the_rank_numbering(tp, pp, dp):
+    def members(rank: int, world_size: int) -> dict[str, object]:
+        made = groups.initialize(_layout(tp, pp), _last_two)
+        place = made.describe(), (made.tp_size, made.cp_size, made.dp_size, made.pp_size), made.cp_rank
+        ranks = torch.tensor([rank])
+        dist.all_reduce(ranks, group=made.host)
+        made.barrier()
+        return {"place": place, "host": int(ranks), **{name: _members(getattr(made.collection, name))
+                                   for name in ("tp", "pp", "cp", "dp", "dp_cp", "mp", "embd", "pos_embd")}}
+
+    for rank, got in enumerate(run_distributed(members, tp * pp * dp)):
+        t, d, p = rank % tp, rank // tp % dp, rank // (tp * dp)
+        pipeline = [(stage * dp + d) * tp + t for stage in range(pp)]
+        copies = [(p * dp + copy) * tp + t for copy in range(dp)]
+        embedding = pipeline[-2:]
+        assert got == {
+            "place": (f"rank {rank} (dp{d} pp{p} tp{t})", (tp, 1, dp, pp), 0),
+            "host": sum(range(tp * pp * dp)),
+            "tp": [rank - t + i for i in range(tp)],
+            "pp": pipeline,
+            "cp": [rank],
+            "dp": copies,
+            "dp_cp": copies,
+            "mp": sorted((stage * dp + d) * tp + i for stage in range(pp) for i in range(tp)),
+            "embd": embedding if rank in embedding else [],
+            "pos_embd": embedding[:1] if rank == embedding[0] else [],
+        }
+
+
+def test_layout_when_it_does_not_divide_is_refused_with_the_numbers():
+    def refuse(rank: int, world_size: int) -> None:
+        groups.initialize(_layout(2, 2), _last_two)
+
+    with pytest.raises(RankError, match=r"ConfigError: 3 processes cannot be split into models of 4 "
+                                        r"\(tensor 2 x pipeline 2 x context 1\); start a multiple of 4"):
+        run_distributed(refuse, 3)
+
+
+def test_lone_process_when_not_launched_makes_groups_of_one_and_leaves_nothing(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match="1 processes cannot be split into models of 2"):
+        groups.initialize(_layout(2, 1), _last_two)
+    assert not dist.is_initialized()
+    for _ in range(2):  # a second life after destroy
+        made = groups.initialize(ParallelConfig(), _last_two)
+        assert made.describe() == "rank 0 (dp0 pp0 tp0)"
+        assert (made.world_size, made.tp_size, made.pp_size, made.dp_size) == (1, 1, 1, 1)
+        made.destroy()
+        assert not dist.is_initialized()
+
+
+def test_groups_when_launched_by_torchrun_span_the_processes(tmp_path):
+    script = tmp_path / "report.py"
+    script.write_text(
+        "from lcl_megatron.config import ParallelConfig\n"
+        "from lcl_megatron.parallel import groups\n"
+        "made = groups.initialize(ParallelConfig(tensor_model_parallel_size=2), lambda pipeline: pipeline)\n"
+        f"open(r'{tmp_path}/' + str(made.rank), 'w').write(made.describe())\n"
+        "made.destroy()\n")
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)],
+                   check=True, env=environment, capture_output=True, timeout=180)
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["rank 0 (dp0 pp0 tp0)", "rank 1 (dp0 pp0 tp1)"]

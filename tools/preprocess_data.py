@@ -1,0 +1,29 @@
+r"""Turn MMC4 shards and an image folder into a corpus (docs/data.md).
+
+python tools/preprocess_data.py --input data/docs_shard_*_v2.jsonl.zip --image-root images \
+    --tokenizer-model tokenizer.model --output corpus --num-workers 16
+
+Interrupted? Run the same command again: finished shards are not done again.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import tyro
+
+from lcl_megatron.config.errors import ConfigError
+from lcl_megatron.data.preprocess import PreprocessConfig, preprocess
+
+
+def main() -> None:
+    """Read the flags, write the corpus, print progress to stderr and the summary to stdout."""
+    try:
+        config = tyro.cli(PreprocessConfig, description=__doc__)
+        print(preprocess(config, lambda line: print(line, file=sys.stderr, flush=True)))
+    except (ConfigError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
