@@ -1,3 +1,19 @@
 """Pre-training of vision encoders on interleaved image-text data (Latent Compression Learning)."""
 
+import warnings
+
 __version__ = "0.1.0"
+
+# Said by megatron-core 0.16.1 on every import and every step, on every rank; each is a choice this package has made:
+# no apex, TransformerEngine only where there is a GPU, torch names that newer versions deprecate.
+for _message in (
+    r".*Apex (is|are) not installed.*",
+    r"Transformer Engine and Apex are not installed.*",
+    r"`torch\.distributed\.\w+` is deprecated.*",
+    r"full scope is deprecated.*",
+    r"The \.grad attribute of a Tensor that is not a leaf Tensor.*",
+    r"torch\.distributed\._sharded_tensor will be deprecated.*",
+    r"`load_state_dict` is deprecated and will be removed.*",
+    r".*fork\(\) may lead to deadlocks.*",
+):
+    warnings.filterwarnings("ignore", message=_message)

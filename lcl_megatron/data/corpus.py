@@ -90,6 +90,7 @@ class Corpus:
         self.document_segments = self._tokens.document_indices
         self.segment_lengths = self._tokens.lengths
         self.document_images = self._images.document_indices
+        self._check_counts()
         self.image_segment = self._load_array("image_segment")
         self.image_similarity = self._load_array("image_similarity")
         self.image_width = self._load_array("image_width")
@@ -97,7 +98,6 @@ class Corpus:
         self.image_kind = self._load_array("image_kind")
         self._image_number = self._load_array("image_number")
         self._document_source = load_array(path / "document_source.npy", "int64", (self.num_documents, 2))
-        self._check_counts()
 
     @classmethod
     def open(cls, path: str | Path, tokenizer_model: str | Path = "") -> Corpus:

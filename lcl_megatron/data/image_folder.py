@@ -62,9 +62,10 @@ class ImageFolder:
             OSError: If the disk fails.
         """
         check_name(name)
-        root = os.path.realpath(self.root)
-        path = os.path.realpath(os.path.join(root, name))
-        if not path.startswith(os.path.join(root, "")):
+        # As bytes: with LC_ALL=C, Python would encode file names as ASCII.
+        root = os.path.realpath(os.fsencode(self.root))
+        path = os.path.realpath(os.path.join(root, name.encode("utf-8")))
+        if not path.startswith(os.path.join(root, b"")):
             raise ImageError("unsafe image name", "a symbolic link leads out of the image folder")
         try:
             info = os.stat(path)
@@ -73,7 +74,8 @@ class ImageFolder:
                 raise ImageError("unreadable file", "not a regular file")
             if info.st_size > self.max_bytes:
                 raise ImageError("file too large", f"{info.st_size} bytes; the limit is {self.max_bytes}")
-            data = Path(path).read_bytes()
+            with open(path, "rb") as stream:
+                data = stream.read()
         except OSError as error:
             if error.errno in ABSENT:
                 raise ImageError(ABSENT[error.errno]) from error

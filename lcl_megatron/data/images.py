@@ -2,9 +2,9 @@
 
 The header is read and judged before anything is decoded, so that a small file cannot ask for gigabytes. Decoding is
 Pillow's; the resize is ``torch.nn.functional.interpolate`` on uint8 with antialias, which agrees with Pillow's own
-resize within 1/255 (2/255 where it enlarges) and is several times as fast. Images become RGB *before* the resize: Pillow resizes palettes by
-nearest neighbour and premultiplies alpha, so that OpenCLIP's order gives visibly other pixels for GIF and RGBA files.
-EXIF orientation is ignored, as in OpenCLIP.
+resize within 1/255 (2/255 where it enlarges) and is several times as fast. Images become RGB *before* the resize:
+Pillow resizes palettes by nearest neighbour and premultiplies alpha, so that OpenCLIP's order gives visibly other
+pixels for GIF and RGBA files. EXIF orientation is ignored, as in OpenCLIP.
 """
 
 from __future__ import annotations

@@ -109,16 +109,17 @@ class Plan:
         """
         first_row = step * self.global_batch_size if first_row is None else first_row
         block = self.sequence.read(first_row, self.global_batch_size)
-        dealt = self._deal(block.num_images)
+        counts = block.counts
+        dealt = self._deal(counts.num_images)
         order = dealt.reshape(-1)
-        first_image = np.cumsum(block.num_images) - block.num_images
-        _, images = concatenate_ranges(first_image[order], block.num_images[order])
+        first_image = np.cumsum(counts.num_images) - counts.num_images
+        _, images = concatenate_ranges(first_image[order], counts.num_images[order])
         layout = StepLayout(
-            num_images=block.num_images[dealt].sum(axis=2),
+            num_images=counts.num_images[dealt].sum(axis=2),
             has_context=block.has_context[images],
-            num_targets=int(block.num_targets.sum()),
-            num_tokens=int(block.num_tokens.sum()),
-            sum_squared_lengths=int(block.squared_lengths.sum()),
+            num_targets=int(counts.num_targets.sum()),
+            num_tokens=int(counts.num_tokens.sum()),
+            sum_squared_lengths=int(counts.squared_lengths.sum()),
         )
         return StepPlan(step=step, first_row=first_row, layout=layout, rows=block.rows, dealt=dealt)
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import bisect
 import hashlib
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,11 +51,9 @@ class PlannedRow:
 
 
 @dataclass(frozen=True)
-class RowBlock:
-    """Some consecutive rows, and their counts."""
+class RowCounts:
+    """What each of r rows holds."""
 
-    rows: tuple[PlannedRow, ...]
-    """The r rows."""
     num_images: np.ndarray
     """(r,) int64."""
     num_targets: np.ndarray
@@ -64,6 +62,25 @@ class RowBlock:
     """(r,) int64, tokens of the row's documents."""
     squared_lengths: np.ndarray
     """(r,) int64, sum over the row's documents of length squared."""
+
+    def part(self, begin: int, end: int) -> RowCounts:
+        """Return the counts of the rows [begin, end)."""
+        return RowCounts(*(getattr(self, field.name)[begin:end] for field in fields(self)))
+
+    @classmethod
+    def join(cls, parts: Sequence[RowCounts]) -> RowCounts:
+        """Return the counts of several ranges of rows, one behind the other."""
+        return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """Some consecutive rows."""
+
+    rows: tuple[PlannedRow, ...]
+    """The r rows."""
+    counts: RowCounts
+    """What each holds."""
     has_context: np.ndarray
     """(images,) bool, whether each image of each row may be contrasted."""
 
@@ -143,8 +160,8 @@ class RowSequence:
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of all that decides the sequence: only under an equal one do consumed rows mean the same."""
-        fields = {name: value for name, value in asdict(self.config).items() if name in ORDER_FIELDS}
-        parts = (self.corpus.fingerprint, self.seed, self.composer.num_latents, sorted(fields.items()))
+        settings = [(name, getattr(self.config, name)) for name in ORDER_FIELDS]
+        parts = (self.corpus.fingerprint, self.seed, self.composer.num_latents, settings)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def read(self, first_row: int, num_rows: int) -> RowBlock:
@@ -154,10 +171,7 @@ class RowSequence:
         rows = tuple(PlannedRow(first_row + i, epoch, documents) for i, (epoch, documents) in enumerate(planned))
         return RowBlock(
             rows=rows,
-            num_images=np.concatenate([window.num_images[begin:end] for window, begin, end in parts]),
-            num_targets=np.concatenate([window.num_targets[begin:end] for window, begin, end in parts]),
-            num_tokens=np.concatenate([window.num_tokens[begin:end] for window, begin, end in parts]),
-            squared_lengths=np.concatenate([window.squared_lengths[begin:end] for window, begin, end in parts]),
+            counts=RowCounts.join([window.counts.part(begin, end) for window, begin, end in parts]),
             has_context=np.concatenate([window.context(begin, end) for window, begin, end in parts]),
         )
 
@@ -177,16 +191,16 @@ class RowSequence:
             window = self._window(number)
             count["documents"] += len(window.documents)
             count["rows"] += window.num_rows
-            count["tokens"] += int(window.num_tokens.sum())
-            count["images"] += int(window.num_images.sum())
+            count["tokens"] += int(window.counts.num_tokens.sum())
+            count["images"] += int(window.counts.num_images.sum())
             count["pairs"] += int(window.has_context.sum())
-            count["targets"] += int(window.num_targets.sum())
+            count["targets"] += int(window.counts.num_targets.sum())
         skipped = {
             NO_SIMILAR_IMAGE: self.corpus.num_documents - len(self.documents),
             IMAGES_CUT_OFF: len(self.documents) - count["documents"],
         }
-        fields = {name: count[name] for name in ("documents", "rows", "tokens", "images", "pairs", "targets")}
-        return EpochStatistics(skipped=skipped, **fields)
+        names = ("documents", "rows", "tokens", "images", "pairs", "targets")
+        return EpochStatistics(skipped=skipped, **{name: count[name] for name in names})
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave cached windows behind when the sequence goes to a worker process."""
@@ -246,11 +260,13 @@ class RowSequence:
             epoch=epoch,
             documents=composed.documents[used[by_row]],
             offsets=_offsets(np.bincount(row, minlength=num_rows)),
-            num_images=_sums(row, images, num_rows),
-            num_targets=_sums(row, composed.num_targets[used], num_rows),
+            counts=RowCounts(
+                num_images=_sums(row, images, num_rows),
+                num_targets=_sums(row, composed.num_targets[used], num_rows),
+                num_tokens=_sums(row, lengths, num_rows),
+                squared_lengths=_sums(row, lengths**2, num_rows),
+            ),
             has_context=composed.has_context[context],
-            num_tokens=_sums(row, lengths, num_rows),
-            squared_lengths=_sums(row, lengths**2, num_rows),
         )
 
 
@@ -263,20 +279,13 @@ class _Window:
     """(n,) int64, indices in the corpus."""
     offsets: np.ndarray
     """(rows + 1,) int64, first document of each row."""
-    num_images: np.ndarray
-    """(rows,) int64."""
-    num_targets: np.ndarray
-    """(rows,) int64."""
+    counts: RowCounts
     has_context: np.ndarray
     """(images,) bool."""
-    num_tokens: np.ndarray
-    """(rows,) int64."""
-    squared_lengths: np.ndarray
-    """(rows,) int64."""
 
     @property
     def num_rows(self) -> int:
-        return len(self.num_images)
+        return len(self.offsets) - 1
 
     def rows(self, begin: int, end: int) -> Iterator[tuple[int, np.ndarray]]:
         """Yield epoch and documents of some rows."""
@@ -285,8 +294,9 @@ class _Window:
 
     def context(self, begin: int, end: int) -> np.ndarray:
         """Return ``has_context`` of the images of some rows."""
-        first = int(self.num_images[:begin].sum())
-        return self.has_context[first : first + int(self.num_images[begin:end].sum())]
+        images = self.counts.num_images
+        first = int(images[:begin].sum())
+        return self.has_context[first : first + int(images[begin:end].sum())]
 
 
 def _offsets(counts: np.ndarray) -> np.ndarray:

@@ -23,6 +23,7 @@ L2_CANDIDATES = tuple(10.0**exponent for exponent in (2, 1, 0, -1, -2, -3, -4, -
 
 _VALIDATION_SHARE = 0.2
 _PATIENCE = 3
+_SELECTION_TOLERANCE = 1e-4
 _SIMILARITIES_AT_ONCE = 32 * 2**20
 _Z_95 = 1.959963984540054
 
@@ -240,7 +241,7 @@ class LinearClassifier:
 
 
 def fit_logistic_regression(
-    features: Tensor, labels: Tensor, l2: float, start: LinearClassifier | None = None
+    features: Tensor, labels: Tensor, l2: float, start: LinearClassifier | None = None, tolerance: float = 1e-7
 ) -> LinearClassifier:
     """Return the minimum of mean cross-entropy + l2/2 * |W|^2; the bias is not penalised.
 
@@ -254,6 +255,7 @@ def fit_logistic_regression(
         labels: (N,) int64 classes from 0.
         l2: penalty, positive; scikit-learn's ``C`` is 1 / (N * l2).
         start: weights to begin at; None = zero.
+        tolerance: largest entry of the gradient, in the coordinates V, at which the fit ends.
     """
     num_classes = int(labels.max()) + 1 if start is None else len(start.bias)
     moments, basis = torch.linalg.eigh(features.T @ features / len(features))
@@ -263,7 +265,7 @@ def fit_logistic_regression(
     bias = features.new_zeros(num_classes) if start is None else start.bias.clone()
     optimizer = torch.optim.LBFGS(
         [weight.requires_grad_(), bias.requires_grad_()], max_iter=500, history_size=20,
-        tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe",
+        tolerance_grad=tolerance, tolerance_change=1e-12, line_search_fn="strong_wolfe",
     )  # fmt: skip
 
     def objective() -> Tensor:
@@ -296,7 +298,7 @@ def _choose_l2(features: Tensor, labels: Tensor, is_validation: Tensor) -> float
     """Return the penalty with the best validation accuracy; candidates are visited from strong to weak.
 
     The search ends after three candidates in a row that did not help: weak penalties overfit, and their fits, badly
-    conditioned, take most of the time.
+    conditioned, take most of the time. For the same reason these fits end early; the final one does not.
     """
     scale = _Standardizer(features[~is_validation])
     fit_x, fit_y = scale(features[~is_validation]), labels[~is_validation]
@@ -304,7 +306,7 @@ def _choose_l2(features: Tensor, labels: Tensor, is_validation: Tensor) -> float
     classifier: LinearClassifier | None = None
     best_l2, best_correct, without_gain = L2_CANDIDATES[0], -1, 0
     for l2 in L2_CANDIDATES:
-        classifier = fit_logistic_regression(fit_x, fit_y, l2, start=classifier)
+        classifier = fit_logistic_regression(fit_x, fit_y, l2, start=classifier, tolerance=_SELECTION_TOLERANCE)
         num_correct = classifier.score(held_x, held_y).num_correct
         if num_correct > best_correct:
             best_l2, best_correct, without_gain = l2, num_correct, 0

@@ -2,11 +2,13 @@
 
 | parameter | distribution |
 |---|---|
-| matrices of the layers, pool, context projection | normal, std 0.02; output projections of residual branches 0.02 / sqrt(2 n) |
-| patch embedding | normal, std 1 / sqrt(fan-in) |
-| class token, vision positions, pool query | normal, std C^-0.5 (as OpenCLIP) |
-| token embedding, untied output matrix / LM positions | normal, std 0.02 / 0.01 |
-| LayerNorm weights / LayerScale / logit_scale | 1 / ``layer_scale_init`` / ``logit_scale_init`` |
+| matrices of layers, pool and context projection | normal, std (3 C)^-0.5 for the width C they read: 0.021 at C = 768 |
+| ... of these, the last matrix of a residual branch | divided by (2 n)^0.5, n layers |
+| patch embedding | normal, std (fan-in)^-0.5 |
+| class token, vision positions, pool query | normal, std C^-0.5 (OpenCLIP) |
+| token embedding, untied output matrix | normal, std 0.02 |
+| LM positions | normal, std 0.01 |
+| LayerNorm weights; LayerScale; logit_scale | 1; ``layer_scale_init``; ``logit_scale_init`` |
 | all biases | 0 |
 """
 
@@ -20,7 +22,6 @@ from torch import Tensor, nn
 
 from lcl_megatron.model.lcl import LCLModel
 
-STD = 0.02
 _TIED_WEIGHT = "language.embedding.word_embeddings.weight"
 
 
@@ -68,16 +69,22 @@ def _initial_value(model: LCLModel, name: str, shape: list[int], seed: int) -> T
 
 def _standard_deviation(model: LCLModel, name: str, shape: list[int]) -> float:
     config = model.run_config
+    vision_width, language_width = config.vision.hidden_size, config.language.hidden_size
     if name == "vision.embedding.weight":
-        return 1.0 / math.sqrt(math.prod(shape[1:]))
+        return math.prod(shape[1:]) ** -0.5
     if name in ("vision.embedding.class_token", "vision.embedding.position_embeddings", "pool.query"):
-        return config.vision.hidden_size**-0.5
+        return vision_width**-0.5
     if name == "language.embedding.position_embeddings":
         return 0.01
+    if name in (_TIED_WEIGHT, "language.output_weight"):
+        return 0.02
+    if not name.startswith(("vision.layers.", "language.layers.")):
+        return (3 * shape[1]) ** -0.5
+    in_vision = name.startswith("vision.")
+    std = (3 * (vision_width if in_vision else language_width)) ** -0.5
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
-        layers = config.vision.num_layers if name.startswith("vision.") else config.language.num_layers
-        return STD / math.sqrt(2 * layers)
-    return STD
+        std /= (2 * (config.vision if in_vision else config.language).num_layers) ** 0.5
+    return std
 
 
 def count_parameters(module: nn.Module) -> int:

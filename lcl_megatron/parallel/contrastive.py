@@ -133,7 +133,10 @@ class _Gathered:
 
 
 class _InfoNCE(torch.autograd.Function):
-    """Own loss sum and retrieval hits from own unit features; backward gives the gradient of all ranks' losses."""
+    """Own loss sum and retrieval hits from own unit features; backward gives the gradient of all ranks' losses.
+
+    Own features are 0 at slots that are no pair, so that products of a pair need no mask.
+    """
 
     @staticmethod
     def forward(ctx: Any, images_ND: Tensor, contexts_ND: Tensor, logit_scale: Tensor,
@@ -147,7 +150,7 @@ class _InfoNCE(torch.autograd.Function):
         lse_N2 = torch.stack([image_lse_N, context_lse_N], dim=1).masked_fill(~is_pair_N[:, None], 0.0)
         lse_G2 = gather_rows(lse_N2, gathered.num_slots, gathered.group)
         positive_N = scale * (images_ND * contexts_ND).sum(dim=1)
-        loss_sum = (0.5 * lse_N2.sum(dim=1) - positive_N).masked_fill(~is_pair_N, 0.0).sum()
+        loss_sum = (0.5 * lse_N2.sum(dim=1) - positive_N).sum()
 
         slot_N = torch.arange(first, first + images_ND.shape[0], device=images_ND.device)
         hits = [((best_N == slot_N) & is_pair_N).sum() for best_N in (image_best_N, context_best_N)]
@@ -172,11 +175,10 @@ class _InfoNCE(torch.autograd.Function):
             (images_ND, image_lse_G[own], is_pair_N), all_contexts, scale, tile)
         context_pull_ND, context_expected_N = streamed_gradient(
             (contexts_ND, context_lse_G[own], is_pair_N), all_images, scale, tile)
-        pair_N1 = is_pair_N[:, None].to(images_ND.dtype)
         half = 0.5 * grad_loss
-        grad_images_ND = half * scale * (image_pull_ND - 2 * pair_N1 * contexts_ND)
-        grad_contexts_ND = half * scale * (context_pull_ND - 2 * pair_N1 * images_ND)
-        similarity_N = (images_ND * contexts_ND).sum(dim=1) * is_pair_N
+        grad_images_ND = half * scale * (image_pull_ND - 2 * contexts_ND)
+        grad_contexts_ND = half * scale * (context_pull_ND - 2 * images_ND)
+        similarity_N = (images_ND * contexts_ND).sum(dim=1)
         grad_scale = half * (image_expected_N + context_expected_N - 2 * similarity_N).sum()
         return grad_images_ND, grad_contexts_ND, (grad_scale * scale).to(logit_scale.dtype), None
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
+from pathlib import Path
 
 from lcl_megatron.checkpoint import native
 from lcl_megatron.training.bad_images import BadImageWatch
+from lcl_megatron.training.curves import write_curves
 from lcl_megatron.training.meter import Meter
 from lcl_megatron.training.run import Run
 from lcl_megatron.training.step import train_step
@@ -42,9 +44,18 @@ def train(run: Run) -> None:
             run.logger.log(step, meter.report(watch.total))
         if step % config.checkpoint.save_interval == 0 or last or stop:
             save_checkpoint(run)
+        run.logger.progress(step)
         if stop:
             break
         waiting_since = time.perf_counter()
+    _draw_curves(run)
+
+
+def _draw_curves(run: Run) -> None:
+    """Write the page of curves beside the metrics, on the process that writes."""
+    if run.config.logging.log_dir and run.engine.groups.rank == 0:
+        log_dir = Path(run.config.logging.log_dir)
+        write_curves([log_dir], log_dir / "curves.html")
 
 
 def save_checkpoint(run: Run) -> None:

@@ -56,6 +56,7 @@ def test_moving_a_batch_moves_every_tensor() -> None:
 
 
 def test_image_ranges_cover_all_images_in_order() -> None:
-    layout = StepLayout(np.array([[2, 0, 3], [1, 4, 0]]), np.zeros(10, dtype=bool), 5)
+    num_images = np.array([[2, 0, 3], [1, 4, 0]])
+    layout = StepLayout(num_images, np.zeros(10, dtype=bool), num_targets=5, num_tokens=9, sum_squared_lengths=81)
     found = [layout.image_range(m, r) for m in range(2) for r in range(3)]
     assert found == [(0, 2), (2, 2), (2, 5), (5, 6), (6, 10), (10, 10)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +36,7 @@ def documents_of(batch: PackedBatch, row: int) -> list[tuple[int, int]]:
     """Flat (begin, end) of the documents of a row, padding included."""
     borders = batch.cu_seqlens.tolist()
     length = batch.tokens.shape[1]
-    spans = list(zip(borders[:-1], borders[1:], strict=True))
-    return [(begin, end) for begin, end in spans if row * length <= begin < (row + 1) * length]
+    return [(begin, end) for begin, end in itertools.pairwise(borders) if row * length <= begin < (row + 1) * length]
 
 
 def test_labels_and_masks_equal_a_loop_over_documents(written: WrittenCorpus, rows: tuple[PlannedRow, ...]) -> None:
@@ -101,8 +101,7 @@ def test_packed_rows_equal_documents_one_per_row(written: WrittenCorpus, rows: t
     packed = [row for row in rows if len(row.documents) > 1][:10]
     assert packed
     together = collate_rows(composer, packed)
-    alone_rows = [PlannedRow(0, row.epoch, row.documents[i : i + 1]) for row in packed for i in range(len(row.documents))]
-    alone = collate_rows(composer, alone_rows)
+    alone = collate_rows(composer, [PlannedRow(0, row.epoch, np.array([d])) for row in packed for d in row.documents])
     spans = [span for r, row in enumerate(packed) for span in documents_of(together.batch, r)[: len(row.documents)]]
     for index, (begin, end) in enumerate(spans):
         for name in ("tokens", "labels", "loss_mask", "position_ids"):

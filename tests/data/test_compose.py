@@ -49,20 +49,14 @@ def compose_slowly(written: WrittenCorpus, document: int, epoch: int, config: Da
     single = [min(images, key=lambda i: draw(Stream.SENTENCE_IMAGE, i)) for images in by_sentence.values()]
     chosen = sorted(sorted(single, key=lambda i: draw(Stream.IMAGE_CHOICE, i))[: config.max_images_per_document])
 
-    items: list[int | list[int]] = []
-    for index in range(len(encoded.segments) + 1):
-        for i in chosen:
-            segment = encoded.images[i].segment
-            is_after = segment.kind is ImageKind.MATCHED and draw(Stream.PLACEMENT, i) >= 2**63
-            if is_after and segment.segment_index == index - 1:
-                items.append(i)
-        for i in chosen:
-            segment = encoded.images[i].segment
-            is_after = segment.kind is ImageKind.MATCHED and draw(Stream.PLACEMENT, i) >= 2**63
-            if not is_after and segment.segment_index == index:
-                items.append(i)
-        if index < len(encoded.segments):
-            items.append(list(encoded.segments[index]))
+    # (segment, rank): an image behind the segment before comes first, then images before it, then its text.
+    places: list[tuple[int, int, int | list[int]]] = []
+    for i in chosen:
+        segment = encoded.images[i].segment
+        is_after = segment.kind is ImageKind.MATCHED and draw(Stream.PLACEMENT, i) >= 2**63
+        places.append((segment.segment_index + is_after, 0 if is_after else 1, i))
+    places += [(index, 2, list(text)) for index, text in enumerate(encoded.segments)]
+    items = [item for _, _, item in sorted(places, key=lambda place: place[:2])]
 
     result = SlowDocument(tokens=[special.bos])
     has_content = False

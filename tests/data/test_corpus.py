@@ -255,7 +255,7 @@ def test_a_side_array_that_would_run_code_is_not_loaded(corpus: Corpus):
     manifest = json.loads((corpus.path / "manifest.json").read_text(encoding="utf-8"))
     manifest["files"]["image_width.npy"]["bytes"] = (corpus.path / "image_width.npy").stat().st_size
     (corpus.path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    with pytest.raises(ValueError, match="allow_pickle=False"):
+    with pytest.raises(ValueError, match="Python objects"):
         Corpus.open(corpus.path)
 
 
@@ -325,9 +325,10 @@ def test_two_writers_of_one_corpus_do_not_mix(tmp_path: Path, tokenizer: Tokeniz
 
 def write_parts(writer: CorpusWriter, shards: list[list[EncodedDocument]], vocab_size: int, first: int) -> None:
     for number, shard in list(enumerate(shards))[first:]:
-        with PartWriter(writer.part_folder(number), vocab_size, {"name": f"s{number}", "bytes": 1}) as part:
-            for document in shard:
-                part.add(document)
+        if not writer.part_folder(number).exists():
+            with PartWriter(writer.part_folder(number), vocab_size, {"name": f"s{number}", "bytes": 1}) as part:
+                for document in shard:
+                    part.add(document)
         writer.append(writer.part_folder(number))
 
 
@@ -335,7 +336,7 @@ class Crash(BaseException):
     """Stands for the end of the process at some system call."""
 
 
-@pytest.mark.parametrize("call", range(0, 60, 3))
+@pytest.mark.parametrize("call", range(0, 130, 4))
 def test_a_crash_at_any_point_is_taken_up_without_loss_or_repetition(
         tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, call: int):
     """The disk is cut off at the n-th flush while parts are appended; the second run must give the same bytes."""

@@ -88,9 +88,10 @@ def test_lossless_formats_give_the_original_pixels(format_name: str, mode: str, 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_jpeg_is_rgb_and_close_to_the_original(mode: str) -> None:
-    image = photo(64, 48).convert(mode)
+    """Without the noise, whose colours 4:2:0 JPEG does not keep."""
+    image = photo(64, 48).resize((16, 12)).resize((64, 48)).convert(mode)
     found = decode_rgb(encode(image, "JPEG", quality=95, progressive=True), MAX_PIXELS)
-    assert np.abs(found.astype(int) - np.asarray(image.convert("RGB")).astype(int)).mean() < 6
+    assert np.abs(found.astype(int) - np.asarray(image.convert("RGB")).astype(int)).mean() < 4
 
 
 def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
@@ -116,7 +117,6 @@ CORRUPT = {
     "vector graphics": (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"></svg>', "known format"),
     "zeros": (bytes(10_000), "no image of a known format"),
     "half a JPEG": (JPEG[: len(JPEG) // 2], "truncated"),
-    "JPEG without its end": (JPEG[:-2], "truncated"),
     "JPEG header only": (JPEG[: FRAME + 20], "cannot be decoded|known format"),
     "half a progressive JPEG": (encode(photo(120, 90), "JPEG", progressive=True)[:2000], "truncated"),
     "half a PNG": (PNG[: len(PNG) // 2], "truncated|cannot be decoded"),
@@ -146,6 +146,7 @@ def test_odd_but_whole_images_decode() -> None:
     animation = [photo(40, 30, i) for i in range(3)]
     for data in (
         JPEG + bytes(1000),
+        JPEG[:-2],  # only the end marker is missing
         encode(photo(1, 1), "PNG"),
         encode(photo(2000, 4), "PNG"),
         encode(animation[0], "GIF", save_all=True, append_images=animation[1:]),
@@ -217,7 +218,7 @@ def test_training_image_is_the_resized_crop() -> None:
 
 @pytest.mark.parametrize("size", [(120, 90), (90, 121), (64, 64), (20, 30)])
 def test_evaluation_image_is_the_centre_of_the_resized_image(size: tuple[int, int]) -> None:
-    """torchvision: ``Resize(64)`` makes the long side ``int(64 * long / short)``, ``CenterCrop`` rounds half to even."""
+    """As torchvision: ``Resize(64)`` makes the long side ``int(64 * long / short)``; ``CenterCrop`` uses ``round``."""
     image = photo(*size)
     short, long = min(size), max(size)
     new = (64, int(64 * long / short)) if size[0] <= size[1] else (int(64 * long / short), 64)

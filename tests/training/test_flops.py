@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lcl_megatron.config import ConfigError, LanguageConfig, RunConfig, VisionConfig
+from lcl_megatron.data.batch import StepLayout
 from lcl_megatron.training.flops import (
     device_peak_flops,
+    layout_flops,
     model_flops_utilization,
     step_flops,
     vision_forward_flops,
@@ -123,6 +126,19 @@ def test_step_flops_are_additive_and_attention_stays_within_documents() -> None:
     two_documents = step_flops(config, 0, [1024, 1024], 0)
     attention_of_one = 3 * 12 * 4 * 2048**2 * 768 / 2
     assert one_document - two_documents == pytest.approx(attention_of_one / 2, rel=1e-9)
+
+
+def test_layout_flops_equal_step_flops_of_the_same_documents() -> None:
+    config = RunConfig(vision=VIT_L_14, language=OPT_125M)
+    lengths = [700, 300, 1048]
+    layout = StepLayout(
+        num_images=np.array([[1, 0], [2, 3]]),
+        has_context=np.ones(6, dtype=bool),
+        num_targets=900,
+        num_tokens=sum(lengths),
+        sum_squared_lengths=sum(length**2 for length in lengths),
+    )
+    assert layout_flops(config, layout) == pytest.approx(step_flops(config, 6, lengths, 900), rel=1e-12)
 
 
 def test_step_flops_without_class_token_cost_less() -> None:

@@ -1,0 +1,213 @@
+"""The invariant of the project: losses and gradients of a global batch do not depend on the parallel layout.
+
+Oracle: a single process on the same global batch. Rows have uneven image counts, one micro-batch has none, drop-path
+is on. Contrastive loss is compared between layouts whose micro-batches hold the same rows (``contrastive_scope`` is
+``micro_batch``); the generation loss must agree for all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lcl_megatron.config import (
+    DataConfig,
+    LanguageConfig,
+    LossConfig,
+    ParallelConfig,
+    PoolConfig,
+    RunConfig,
+    TrainingConfig,
+    VisionConfig,
+)
+from lcl_megatron.data.batch import StepBatch
+from lcl_megatron.parallel import engine as engines
+from lcl_megatron.parallel.agreement import agree
+from lcl_megatron.parallel.report import sum_over_data_parallel
+from lcl_megatron.training.step import Objective
+from tests.batches import Document, layout_of, make_rows, merge
+from tests.distributed import run_distributed
+
+# Eight rows of 64 tokens; images stand at their <BoI>. Rows 4 and 5 have none: with one row per micro-batch two
+# micro-batches are without images, with two rows (or two ranks) a whole contrast group is.
+ROWS: list[list[Document]] = [
+    [(30, (3, 12)), (34, (0,))],
+    [(64, (5, 20, 40))],
+    [(50, (2,)), (14, (3,))],
+    [(40, (9,))],
+    [(20, ()), (30, ())],
+    [(64, ())],
+    [(33, (1, 8, 15)), (31, (2, 20))],
+    [(60, (50,))],
+]
+STEP = 3
+LOSS_TOLERANCE = 1e-5
+"""Relative, fp32; seen: at most 3e-7."""
+GRADIENT_TOLERANCE = 1e-5
+"""Norm of the difference relative to the norm of the gradient, fp32; seen: at most 2e-6."""
+ZERO_GRADIENTS = {"pool.key_projection.bias", "pool.key_layernorm.bias"}
+"""Shifting all keys alike does not change a softmax: these gradients are zero but for rounding."""
+
+CONFIG = RunConfig(
+    vision=VisionConfig(
+        image_size=28, patch_size=14, num_layers=3, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4,
+        layer_scale_init=1.0, drop_path_rate=0.4,
+    ),
+    pool=PoolConfig(num_attention_heads=4),
+    language=LanguageConfig(
+        num_layers=2, hidden_size=48, ffn_hidden_size=64, num_attention_heads=4, vocab_size=100,
+        max_position_embeddings=64,
+    ),
+    # A large weight, so that an error in the contrast is not hidden behind the generation loss.
+    loss=LossConfig(contrastive_loss_weight=1.0, contrastive_tile_size=3, cross_entropy_chunk_size=50),
+    data=DataConfig(seq_length=64),
+    training=TrainingConfig(global_batch_size=8, precision="fp32", transformer_impl="torch"),
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A row of the grid."""
+
+    name: str
+    micro_batch_size: int
+    data_parallel_size: int = 1
+    tensor: int = 1
+    sequence_parallel: bool = False
+    cuts: tuple[str, ...] = ()
+
+    @property
+    def world_size(self) -> int:
+        return self.data_parallel_size * self.tensor * (len(self.cuts) + 1)
+
+    def config(self) -> RunConfig:
+        return dataclasses.replace(
+            CONFIG,
+            training=dataclasses.replace(CONFIG.training, micro_batch_size=self.micro_batch_size),
+            parallel=ParallelConfig(
+                tensor_model_parallel_size=self.tensor,
+                sequence_parallel=self.sequence_parallel,
+                pipeline_model_parallel_size=len(self.cuts) + 1,
+                pipeline_cuts=self.cuts,
+            ),
+        )
+
+
+LAYOUTS = [
+    Layout("dp2", 1, data_parallel_size=2),
+    Layout("dp2, micro-batches of 2", 2, data_parallel_size=2),
+    Layout("dp4", 1, data_parallel_size=4),
+    Layout("micro-batches of 4", 4),
+    Layout("micro-batches of 8", 8),
+    Layout("tp2", 2, tensor=2),
+    Layout("tp2, sequence parallel", 1, tensor=2, sequence_parallel=True),
+    Layout("tp4, sequence parallel", 2, tensor=4, sequence_parallel=True),
+    Layout("pp2 inside the ViT", 2, cuts=("vision.1",)),
+    Layout("pp2 before the pool", 1, cuts=("pool",)),
+    Layout("pp2 before the token embedding", 2, cuts=("language.embed",)),
+    Layout("pp2 inside the LM", 2, cuts=("language.1",)),
+    Layout("pp2 before the heads", 2, cuts=("heads",)),
+    Layout("pp3", 2, cuts=("vision.2", "language.1")),
+    Layout("pp4", 1, cuts=("vision.1", "pool", "heads")),
+    Layout("tp2 x pp2", 2, tensor=2, cuts=("language.1",)),
+    Layout("tp2 x pp2, sequence parallel, inside the ViT", 1, tensor=2, sequence_parallel=True, cuts=("vision.2",)),
+    Layout("tp2 x pp2, sequence parallel, before the embedding", 2, tensor=2, sequence_parallel=True,
+           cuts=("language.embed",)),
+    Layout("dp2 x pp2", 1, data_parallel_size=2, cuts=("vision.2",)),
+    Layout("dp2 x tp2", 1, data_parallel_size=2, tensor=2),
+    Layout("dp2 x tp2, sequence parallel", 2, data_parallel_size=2, tensor=2, sequence_parallel=True),
+]
+
+Gradients = dict[str, tuple[np.ndarray, int | None]]
+
+
+def _run(rank: int, world_size: int, layout: Layout) -> tuple[list[float], Gradients, tuple[int, int]]:
+    """Return losses, this rank's gradients with the dimension that tp splits, and (tp rank, dp rank)."""
+    config = layout.config()
+    groups = engines.start(config)
+    engine = engines.build_engine(config, groups)
+    with torch.no_grad():
+        for parameter in engine.model.parameters():
+            # Initial weights are so small that most of the model would hardly matter.
+            if parameter.dim() > 1:
+                parameter.mul_(2.0)
+    size, rows = layout.micro_batch_size, make_rows(config, ROWS)
+    slots = [merge(rows[i : i + size]) for i in range(0, len(rows), size)]
+    grid = [slots[i : i + groups.dp_size] for i in range(0, len(slots), groups.dp_size)]
+    batch = StepBatch(STEP, layout_of(grid), tuple(ranks[groups.dp_rank] for ranks in grid))
+    agreed = agree(batch, groups)
+    engine.ddp.zero_grad_buffer()
+    objective = Objective(config.loss, agreed, groups)
+    losses = engine.forward_backward(agreed.micro_batches, objective, STEP, whole_gradients=True)
+    sums = torch.zeros(2)
+    for loss in losses:
+        sums += torch.stack([loss.generation_loss, loss.contrastive_loss])
+    totals = sum_over_data_parallel(sums, groups, engine.stage.is_last)
+    gradients = {
+        name: (
+            parameter.main_grad.numpy().copy(),
+            parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None,
+        )
+        for name, parameter in engine.model.named_parameters()
+    }
+    return totals, gradients, (groups.tp_rank, groups.dp_rank)
+
+
+def _whole_gradients(results: list[Any], tensor: int) -> dict[str, np.ndarray]:
+    """Return the gradient of every parameter of the model; copies of one must agree."""
+    parts: dict[str, dict[int, tuple[np.ndarray, int | None]]] = {}
+    for _, gradients, (tp_rank, _) in results:
+        for name, part in gradients.items():
+            # The last stage's copy of the tied matrix is the embedding, whose gradient both copies must hold.
+            name = "language.embedding.word_embeddings.weight" if name == "language.output_weight" else name
+            known = parts.setdefault(name, {}).setdefault(tp_rank, part)
+            np.testing.assert_allclose(part[0], known[0], rtol=1e-6, atol=1e-9, err_msg=name)
+    whole = {}
+    for name, by_rank in parts.items():
+        first, dim = by_rank[0]
+        if dim is None:
+            for replica, _ in by_rank.values():
+                np.testing.assert_allclose(replica, first, rtol=1e-4, atol=1e-7, err_msg=f"{name} differs over tp")
+            whole[name] = first
+        else:
+            whole[name] = np.concatenate([by_rank[rank][0] for rank in range(tensor)], axis=dim)
+    return whole
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[int, tuple[list[float], dict[str, np.ndarray]]]:
+    """A single process, by rows per contrast group."""
+    found = {}
+    for size in (1, 2, 4, 8):
+        results = run_distributed(_run, 1, Layout("single", size))
+        found[size] = results[0][0], _whole_gradients(results, 1)
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_losses_and_gradients_equal_those_of_one_process(layout: Layout, references: dict[int, Any]) -> None:
+    results = run_distributed(_run, layout.world_size, layout)
+    losses, gradients = results[0][0], _whole_gradients(results, layout.tensor)
+    expected_losses, expected = references[layout.micro_batch_size * layout.data_parallel_size]
+    assert losses == pytest.approx(expected_losses, rel=LOSS_TOLERANCE)
+    assert losses[0] == pytest.approx(references[1][0][0], rel=LOSS_TOLERANCE)
+    assert gradients.keys() == expected.keys()
+    largest = max(np.linalg.norm(gradient) for gradient in expected.values())
+    for name, gradient in expected.items():
+        if name in ZERO_GRADIENTS:
+            assert np.linalg.norm(gradients[name]) < 1e-6 * largest, name
+        else:
+            error = np.linalg.norm(gradients[name] - gradient) / np.linalg.norm(gradient)
+            assert error <= GRADIENT_TOLERANCE, f"{name}: {error:.1e}"
+
+
+def test_drop_path_is_on_in_the_grid(references: dict[int, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The grid would also pass with drop-path switched off; another step must give other features."""
+    monkeypatch.setitem(globals(), "STEP", STEP + 1)
+    other = run_distributed(_run, 1, Layout("single", 2))[0][0]
+    assert other[1] != pytest.approx(references[2][0][1], rel=1e-4)

@@ -1,0 +1,57 @@
+"""Score a checkpoint's frozen encoder with a kNN and a linear probe, beside the untrained encoder.
+
+python tools/probe.py RUN/checkpoints --labels labels.csv --image-root images --output RUN/probe.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from lcl_megatron.evaluation.checkpoint_encoder import frozen_encoders
+from lcl_megatron.evaluation.features import extract_features
+from lcl_megatron.evaluation.labelled_images import DecodedImages, read_labels
+from lcl_megatron.evaluation.probes import Examples, markdown_table, probe_encoder
+
+
+def main(
+    checkpoint: Annotated[Path, tyro.conf.Positional],
+    labels: Path,
+    image_root: Path,
+    train_split: str = "probe_train",
+    test_split: str = "test",
+    output: Path | None = None,
+) -> None:
+    """Score the newest checkpoint.
+
+    Args:
+        checkpoint: Folder of checkpoints, or one checkpoint.
+        labels: CSV file with the columns image_name, split, label.
+        image_root: Folder of the images.
+        train_split: Images that the probes are fitted on.
+        test_split: Images that are scored.
+        output: JSON file to write.
+    """
+    try:
+        splits = [read_labels(labels, split) for split in (train_split, test_split)]
+        with frozen_encoders(checkpoint) as encoders:
+            reports = []
+            for name, encoder in zip(("trained", "untrained"), encoders, strict=True):
+                examples = [
+                    _examples(encoder, split, image_root)
+                    for split in splits
+                ]
+                reports.append(probe_encoder(name, *examples))
+    except (OSError, ValueError) as error:
+        sys.exit(f"probe: {error}")
+    print(markdown_table(reports))
+    if output is not None:
+        output.write_text(json.dumps([json.loads(report.to_json()) for report in reports], indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
