@@ -12,10 +12,8 @@ from typing import Annotated
 
 import tyro
 
-from lcl_megatron.evaluation.checkpoint_encoder import frozen_encoders
-from lcl_megatron.evaluation.features import extract_features
-from lcl_megatron.evaluation.labelled_images import DecodedImages, read_labels
-from lcl_megatron.evaluation.probes import Examples, markdown_table, probe_encoder
+from lcl_megatron.evaluation.checkpoint_encoder import probe_checkpoint
+from lcl_megatron.evaluation.probes import markdown_table
 
 
 def main(
@@ -37,15 +35,7 @@ def main(
         output: JSON file to write.
     """
     try:
-        splits = [read_labels(labels, split) for split in (train_split, test_split)]
-        with frozen_encoders(checkpoint) as encoders:
-            reports = []
-            for name, encoder in zip(("trained", "untrained"), encoders, strict=True):
-                examples = [
-                    _examples(encoder, split, image_root)
-                    for split in splits
-                ]
-                reports.append(probe_encoder(name, *examples))
+        reports = probe_checkpoint(checkpoint, labels, image_root, (train_split, test_split))
     except (OSError, ValueError) as error:
         sys.exit(f"probe: {error}")
     print(markdown_table(reports))

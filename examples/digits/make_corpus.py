@@ -6,10 +6,10 @@ python examples/digits/make_corpus.py --output digits
     digits/images/*.png                       all images, 48 x 48 RGB
     digits/labels.csv                         image_name, split (pretrain, probe_train, test), label
 
-The 1,797 scans of 8 x 8 pixels are split first; then each is drawn several times with another colour, contrast,
-place, size, slant, background and noise. So pixels say little about the digit (an untrained encoder cannot tell
-digits apart well), while the text does: most images are announced, in varied words, by the sentences before them. An
-encoder that learns to tell which image fits the text so far has learned to read digits, without having seen a label.
+The 1,797 scans of 8 x 8 pixels are split first; then each is drawn several times with another colour, place, size,
+slant, background and noise, so that an untrained encoder cannot tell digits apart well. The text can: most images are
+announced, in varied words, by the sentences before them. An encoder that learns to tell which image fits the text so
+far has learned to read digits, without having seen a label.
 The same arguments give the same files.
 """
 
@@ -51,18 +51,19 @@ class DigitsConfig:
 
 
 def draw_digit(scan: np.ndarray, rng: np.random.Generator) -> Image.Image:
-    """Draw one scan, (8, 8) with values 0..16, as an RGB image with all that does not matter chosen at random."""
-    size = int(rng.integers(24, 43))
+    """Draw one scan, (8, 8) with values 0..16, as an RGB image with all that does not matter chosen at random.
+
+    Light ink on dark paper throughout: with ink of any colour on paper of any colour, a small encoder needs far
+    more images than there are before it sees shapes at all.
+    """
+    size = int(rng.integers(38, IMAGE_SIZE - 1))
     ink = Image.fromarray((scan * (255 / 16)).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
     page = Image.new("L", (IMAGE_SIZE, IMAGE_SIZE))
-    page.paste(ink, tuple(int(value) for value in rng.integers(0, IMAGE_SIZE - size + 1, size=2)))
-    page = page.rotate(float(rng.uniform(-15, 15)), Image.Resampling.BICUBIC)
-    opacity = np.asarray(page, dtype=np.float32)[..., None] / 255
-    paper = background(rng)
-    color = rng.uniform(0, 255, 3)
-    while np.abs(color - paper.mean(axis=(0, 1))).max() < 90:
-        color = rng.uniform(0, 255, 3)
-    return to_image(paper * (1 - opacity) + color.astype(np.float32) * opacity, rng)
+    left, top = (int(np.clip((IMAGE_SIZE - size) / 2 + shift, 0, IMAGE_SIZE - size)) for shift in rng.uniform(-3, 3, 2))
+    page.paste(ink, (left, top))
+    page = page.rotate(float(rng.uniform(-8, 8)), Image.Resampling.BICUBIC)
+    opacity = np.asarray(page, dtype=np.float64)[..., None] / 255
+    return to_image(background(rng) * (1 - opacity) + rng.uniform(170, 255, 3) * opacity, rng)
 
 
 def draw_junk(rng: np.random.Generator) -> Image.Image:
@@ -76,18 +77,19 @@ def draw_junk(rng: np.random.Generator) -> Image.Image:
 
 
 def background(rng: np.random.Generator) -> np.ndarray:
-    """Return a colour gradient in a random direction, (IMAGE_SIZE, IMAGE_SIZE, 3) float32, 0..255."""
-    ends = rng.uniform(0, 255, 3), np.zeros(3)
-    ends = ends[0], np.clip(ends[0] + rng.uniform(-70, 70, 3), 0, 255)
+    """Return a dark colour gradient in a random direction, (IMAGE_SIZE, IMAGE_SIZE, 3) float64, 0..255."""
+    begin = rng.uniform(0, 75, 3)
+    end = np.clip(begin + rng.uniform(-30, 30, 3), 0, 255)
     angle = rng.uniform(0, 2 * np.pi)
     axis = np.linspace(-0.5, 0.5, IMAGE_SIZE)
     ramp = np.clip(0.5 + np.cos(angle) * axis[:, None] + np.sin(angle) * axis[None, :], 0, 1)[..., None]
-    return (ends[0] * (1 - ramp) + ends[1] * ramp).astype(np.float32)
+    paper: np.ndarray = begin * (1 - ramp) + end * ramp
+    return paper
 
 
 def to_image(picture: np.ndarray, rng: np.random.Generator) -> Image.Image:
     """Add pixel noise and return the RGB image."""
-    noisy = picture + rng.normal(0, rng.uniform(0, 12), picture.shape[:2])[..., None]
+    noisy = picture + rng.normal(0, rng.uniform(0, 10), picture.shape[:2])[..., None]
     return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
 
 

@@ -20,11 +20,11 @@ ANNOUNCEMENTS = (
     "This time it is a {d} in a hurry.",
     "Please compare it with this {d}.",
     "The clerk wrote {d} on the envelope.",
-    "A child of six years drew the {d} below.",
+    "A child drew the {d} below.",
 )
 OPEN_ANNOUNCEMENTS = (
     "The next picture speaks for itself.",
-    "Here is one more card from the box.",
+    "Here is another card from the box.",
     "See for yourself what was written.",
     "The following drawing has no title.",
 )

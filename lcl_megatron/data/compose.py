@@ -100,23 +100,15 @@ class Composer:
         """
         documents = np.asarray(documents, dtype=np.int64)
         epochs = np.broadcast_to(np.asarray(epochs, dtype=np.int64), documents.shape)
-        # Every document owns one slot per text segment and one behind its last: an image stands before its slot.
         slots = _Slots.of(self.corpus, documents)
         owner, images, slot = self._choose_images(documents, epochs, slots)
-        spans_before = np.cumsum(np.bincount(slot, minlength=len(slots.lengths))) * self._span
         first_image = np.searchsorted(owner, np.arange(len(documents) + 1))
-        text_ends = slots.text_ends()
-        ends = 1 + text_ends + spans_before - (first_image[:-1] * self._span)[slots.owner]
-        fits = ends < self.config.seq_length  # EOS takes the last position
-        text_fits = fits & slots.is_segment
-        texts = np.add.reduceat(np.where(text_fits, slots.lengths, 0), slots.offsets[:-1]) if len(documents) else ends
-        segments = np.add.reduceat(text_fits, slots.offsets[:-1], dtype=np.int64) if len(documents) else ends
-
         rank = np.arange(len(images)) - first_image[owner]
-        text_before = text_ends[slot] - slots.lengths[slot]
+        text_before = slots.text_ends(owner, slot) - slots.lengths[slot]
         positions = 1 + text_before + rank * self._span
-        kept = positions + self._span < self.config.seq_length
+        kept = positions + self._span < self.config.seq_length  # EOS takes the last position
         counts = np.bincount(owner[kept], minlength=len(documents))
+        texts, segments = self._cut_tails(slots, slot, first_image)
         has_context = (rank > 0) | (text_before > 0) if self.config.context_rule == "content" else positions > 0
         return ComposedDocuments(
             documents=documents,
@@ -167,6 +159,27 @@ class Composer:
             member[begin : begin + len(offsets) - 1] = total[1:] > total[:-1]
         return IndexSet(member)
 
+    def _cut_tails(
+        self, slots: _Slots, image_slots: np.ndarray, first_image: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the text tokens and text segments, (n,) int64 each, that remain of every document.
+
+        Args:
+            slots: The documents' slots.
+            image_slots: (images,) slot of each image, ascending.
+            first_image: (n + 1,) first image of each document.
+        """
+        texts = slots.text_ends(np.arange(len(slots.before)), slots.offsets[1:] - 1)
+        segments = np.diff(slots.offsets) - 1
+        cut = np.flatnonzero(2 + texts + np.diff(first_image) * self._span > self.config.seq_length)
+        if len(cut):
+            owner, slot = concatenate_ranges(slots.offsets[cut], segments[cut])
+            images_before = np.searchsorted(image_slots, slot, side="right") - first_image[cut][owner]
+            fits = 1 + slots.text_ends(cut[owner], slot) + images_before * self._span < self.config.seq_length
+            segments[cut] = np.bincount(owner[fits], minlength=len(cut))
+            texts[cut] = slots.text_ends(cut, slots.offsets[cut] + segments[cut] - 1) * (segments[cut] > 0)
+        return texts, segments
+
     def _choose_images(
         self, documents: np.ndarray, epochs: np.ndarray, slots: _Slots
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -201,32 +214,33 @@ class _Slots:
 
     offsets: np.ndarray
     """(n + 1,) int64, first slot of each document."""
-    owner: np.ndarray
-    """(slots,) int64, position of the document."""
     lengths: np.ndarray
     """(slots,) int64, tokens of the text segment behind the slot; 0 behind the last one."""
-    is_segment: np.ndarray
-    """(slots,) bool, False for the slot behind the last segment."""
+    ends: np.ndarray
+    """(slots,) int64, running sum of ``lengths`` over all documents."""
+    before: np.ndarray
+    """(n,) int64, what the running sum is before each document."""
 
     @classmethod
     def of(cls, corpus: Corpus, documents: np.ndarray) -> _Slots:
         """Read the slots of documents from the side arrays."""
         # A view without numpy's memmap class, whose every access costs a few microseconds.
         borders = np.asarray(corpus.document_segments)
-        counts = borders[documents + 1] - borders[documents] + 1
-        owner, segments = concatenate_ranges(borders[documents], counts)
+        first = borders[documents]
+        counts = borders[documents + 1] - first + 1
         offsets = np.concatenate([[0], np.cumsum(counts)])
-        is_segment = np.ones(len(owner), dtype=bool)
-        is_segment[offsets[1:] - 1] = False
-        lengths = np.zeros(len(owner), dtype=np.int64)
-        lengths[is_segment] = np.asarray(corpus.segment_lengths)[segments[is_segment]]
-        return cls(offsets, owner, lengths, is_segment)
+        segments = np.arange(offsets[-1]) + np.repeat(first - offsets[:-1], counts)
+        lengths = np.zeros(len(segments), dtype=np.int64)
+        if len(corpus.segment_lengths):
+            # The slot behind the last segment reads the next document's, or nothing, and is then set to 0.
+            np.take(np.asarray(corpus.segment_lengths), segments, mode="clip", out=lengths)
+            lengths[offsets[1:] - 1] = 0
+        ends = np.cumsum(lengths)
+        return cls(offsets, lengths, ends, np.concatenate([[0], ends])[offsets[:-1]])
 
-    def text_ends(self) -> np.ndarray:
-        """Return, (slots,) int64, the text tokens of the document up to the end of each slot's segment."""
-        total = np.cumsum(self.lengths)
-        before = np.concatenate([[0], total])[self.offsets[:-1]]
-        return total - before[self.owner]
+    def text_ends(self, document: np.ndarray, slot: np.ndarray) -> np.ndarray:
+        """Return the text tokens of a document up to the end of a slot's segment, for many at once."""
+        return self.ends[slot] - self.before[document]
 
 
 def concatenate_ranges(first: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -87,8 +87,12 @@ class CorpusWriter:
             self._lock.close()
             raise ConfigError(f"another process is writing {self.path} (it holds {self.staging / 'lock'}); "
                               "wait for it, or choose another --output") from error
-        if not self._resume():
-            self.discard()
+        try:
+            if not self._resume():
+                self.discard()
+        except BaseException:
+            self._lock.close()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -151,8 +151,8 @@ class RowSequence:
                 f"none of the corpus's {corpus.num_documents} documents has an image with similarity >= "
                 f"data.min_similarity = {config.min_similarity}; lower --min-similarity or check the corpus"
             )
-        self.windows_per_epoch = -(-len(self.documents) // config.packing_window)
-        """An epoch's documents are cut into so many windows, as even as can be."""
+        self.windows_per_epoch = max(1, len(self.documents) // config.packing_window)
+        """An epoch's documents are cut into so many windows of at least ``packing_window``, as even as can be."""
         self._start = start or WindowStart(0, 0)
         self._first_rows = [self._start.row]
         self._cache: OrderedDict[int, _Window] = OrderedDict()

@@ -13,6 +13,10 @@ from torch import Tensor
 
 from lcl_megatron.checkpoint import native
 from lcl_megatron.config import LossConfig, ParallelConfig, RunConfig
+from lcl_megatron.evaluation.features import extract_features
+from lcl_megatron.evaluation.labelled_images import DecodedImages, read_labels
+from lcl_megatron.evaluation.probes import Examples, ProbeReport, probe_encoder
+from lcl_megatron.model.parts import present
 from lcl_megatron.parallel import engine as engines
 
 
@@ -31,7 +35,7 @@ class FrozenEncoder:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Return the mean over patches of the tower's features, (N, C), of uint8 images (N, 3, P, P)."""
-        return self.engine.model.vision(images.to(self.engine.device)).mean(dim=1).float().cpu()
+        return present(self.engine.model.vision)(images.to(self.engine.device)).mean(dim=1).float().cpu()
 
 
 @contextmanager
@@ -59,6 +63,30 @@ def frozen_encoders(checkpoint: Path) -> Iterator[tuple[FrozenEncoder, FrozenEnc
         yield FrozenEncoder(trained), FrozenEncoder(untrained)
     finally:
         groups.destroy()
+
+
+def probe_checkpoint(checkpoint: Path, labels: Path, image_root: Path, splits: tuple[str, str]) -> list[ProbeReport]:
+    """Return the probes' reports on the trained and on the untrained encoder.
+
+    Args:
+        checkpoint: as for ``frozen_encoders``.
+        labels: CSV file with the columns ``image_name``, ``split``, ``label``.
+        image_root: folder of the images.
+        splits: the split that the probes are fitted on, and the one that is scored.
+    """
+    read = [read_labels(labels, split) for split in splits]
+    reports = []
+    with frozen_encoders(checkpoint) as encoders:
+        for name, encoder in zip(("trained", "untrained"), encoders, strict=True):
+            train, test = (
+                Examples(
+                    extract_features(encoder, DecodedImages(images, image_root, encoder.image_size)),
+                    torch.from_numpy(images.labels),
+                )
+                for images in read
+            )
+            reports.append(probe_encoder(name, train, test))
+    return reports
 
 
 def _single_process(config: RunConfig) -> RunConfig:

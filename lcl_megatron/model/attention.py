@@ -109,13 +109,13 @@ class TorchCoreAttention(MegatronModule):
         """Run all rows as one batch; padding behind the last whole row gets zeros."""
         rows = query_TAD.shape[0] // row_length
         padding = query_TAD.shape[0] - rows * row_length
-        batched = [
+        query, key, value = (
             x[: rows * row_length].unflatten(0, (rows, row_length)).transpose(1, 2)
             for x in (query_TAD, key_TAD, value_TAD)
-        ]
+        )
         causal = self.causal and mask_B1SS is None
         output = scaled_dot_product_attention(
-            *batched, attn_mask=mask_B1SS, is_causal=causal, scale=self.softmax_scale
+            query, key, value, attn_mask=mask_B1SS, is_causal=causal, scale=self.softmax_scale
         )
         output_TAD = output.transpose(1, 2).flatten(0, 1)
         return torch.nn.functional.pad(output_TAD, (0, 0, 0, 0, 0, padding)) if padding else output_TAD
@@ -127,8 +127,8 @@ class TorchCoreAttention(MegatronModule):
         for query, key, value in zip(
             query_TAD.split(lengths), key_TAD.split(lengths), value_TAD.split(lengths), strict=True
         ):
-            heads_first = [x.transpose(0, 1)[None] for x in (query, key, value)]
-            output = scaled_dot_product_attention(*heads_first, is_causal=self.causal, scale=self.softmax_scale)
+            query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+            output = scaled_dot_product_attention(query, key, value, is_causal=self.causal, scale=self.softmax_scale)
             outputs.append(output[0].transpose(0, 1))
         return torch.cat(outputs)
 

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from lcl_megatron.config import LanguageConfig
 from lcl_megatron.model.attention import PackedSequences
 from lcl_megatron.model.layers import LayerStack
+from lcl_megatron.model.parts import mark, present
 from lcl_megatron.model.specs import Runtime, language_layer_spec, language_transformer_config
 
 if TYPE_CHECKING:
@@ -136,6 +137,8 @@ class LanguageHeads(MegatronModule):
 class LanguageModel(MegatronModule):
     """The parts of the language model that one pipeline stage holds; absent parts are None."""
 
+    output_weight: nn.Parameter | None
+
     def __init__(
         self,
         language: LanguageConfig,
@@ -157,7 +160,7 @@ class LanguageModel(MegatronModule):
         if self.heads is not None and not (language.tie_embeddings and has_embedding):
             # An untied matrix, or this stage's copy of the tied one.
             self.output_weight = self._vocabulary_matrix(runtime)
-            self.output_weight.shared = language.tie_embeddings
+            mark(self.output_weight, shared=language.tie_embeddings)
 
     def _vocabulary_matrix(self, runtime: Runtime) -> nn.Parameter:
         rows = self.language.padded_vocab_size // runtime.tensor_parallel_size
@@ -190,11 +193,13 @@ class LanguageModel(MegatronModule):
     @property
     def vocabulary_weight(self) -> Tensor:
         """(V, H), this rank's part of the output projection."""
-        return self.embedding.word_embeddings.weight if self.output_weight is None else self.output_weight
+        if self.output_weight is not None:
+            return self.output_weight
+        return present(self.embedding).word_embeddings.weight
 
     def embed(self, batch: PackedBatch, latents_NLH: Tensor) -> Tensor:
         """Return this rank's rows of the input embeddings, (T, 1, H)."""
-        return self.edge.scatter(self.embedding(batch, latents_NLH))
+        return self.edge.scatter(present(self.embedding)(batch, latents_NLH))
 
     def decode(self, hidden_T1H: Tensor, batch: PackedBatch) -> Tensor:
         """Run this stage's layers on this rank's rows, (T, 1, H); attention stays within each document."""

@@ -19,6 +19,7 @@ from lcl_megatron.config import RunConfig
 from lcl_megatron.model.drop_path import DropPath
 from lcl_megatron.model.language import LanguageModel
 from lcl_megatron.model.line import HEADS, LANGUAGE_EMBED, POOL, Stage, whole_model
+from lcl_megatron.model.parts import present
 from lcl_megatron.model.pool import AttentionPool
 from lcl_megatron.model.specs import Runtime, language_transformer_config, mark_split_weights
 from lcl_megatron.model.vision import VisionTower
@@ -102,37 +103,45 @@ class LCLModel(MegatronModule):
 
     def _see(self, batch: PackedBatch, state: Activations, step: int) -> Activations:
         """Run the stage's vision pieces."""
-        patches_T1C = self.vision.embed(batch.images) if self.stage.is_first else state.patches_T1C
-        patches_T1C = self.vision.encode(patches_T1C, batch.image_keys, self._drop_path(step))
+        vision = present(self.vision)
+        patches_T1C = vision.embed(present(batch.images)) if self.stage.is_first else present(state.patches_T1C)
+        patches_T1C = vision.encode(patches_T1C, batch.image_keys, self._drop_path(step))
         if self.pool is None:
             return Activations(patches_T1C=patches_T1C)
-        latents_NLH, pooled_ND = self.pool(self.vision.finish(patches_T1C, batch.num_image_slots))
+        latents_NLH, pooled_ND = self.pool(vision.finish(patches_T1C, batch.num_image_slots))
         return Activations(latents_NLH=latents_NLH, pooled_ND=pooled_ND)
 
     def _read(self, batch: PackedBatch, state: Activations) -> Activations:
         """Run the stage's language pieces."""
-        hidden_T1H = state.hidden_T1H
+        language = present(self.language)
         if self.stage.has(LANGUAGE_EMBED):
-            hidden_T1H = self.language.embed(batch, state.latents_NLH)
-        return Activations(hidden_T1H=self.language.decode(hidden_T1H, batch), pooled_ND=state.pooled_ND)
+            hidden_T1H = language.embed(batch, present(state.latents_NLH))
+        else:
+            hidden_T1H = present(state.hidden_T1H)
+        return Activations(hidden_T1H=language.decode(hidden_T1H, batch), pooled_ND=state.pooled_ND)
 
     def _finish(self, batch: PackedBatch, state: Activations) -> LCLOutput:
         """Compute token losses and context features; a micro-batch without targets has one loss of weight 0."""
-        edge, heads = self.language.edge, self.language.heads
+        language, hidden_T1H = present(self.language), present(state.hidden_T1H)
+        edge, heads = language.edge, present(language.heads)
         has_targets = batch.label_positions.shape[0] > 0
         positions_K = batch.label_positions if has_targets else batch.label_positions.new_zeros(1)
-        target_hidden_KH = edge.pick_rows(state.hidden_T1H, positions_K)
+        target_hidden_KH = edge.pick_rows(hidden_T1H, positions_K)
         labels_K = batch.labels.flatten().index_select(0, positions_K)
-        losses_K = heads.token_losses(target_hidden_KH, labels_K, self.language.vocabulary_weight)
-        context_hidden_NH = edge.pick_rows(state.hidden_T1H, batch.context_slots)
+        losses_K = heads.token_losses(target_hidden_KH, labels_K, language.vocabulary_weight)
+        context_hidden_NH = edge.pick_rows(hidden_T1H, batch.context_slots)
         context_ND = heads.context_features(context_hidden_NH)
-        return LCLOutput(losses_K if has_targets else losses_K * 0.0, state.pooled_ND, context_ND, self.logit_scale[0])
+        if not has_targets:
+            losses_K = losses_K * 0.0
+        return LCLOutput(losses_K, present(state.pooled_ND), context_ND, present(self.logit_scale)[0])
 
     def target_logits(self, batch: PackedBatch) -> Tensor:
         """Return logits (K, V) float32 of every text target; for inspection, needs the whole model."""
         state = self._read(batch, self._see(batch, Activations(), step=0))
-        hidden_KH = self.language.edge.pick_rows(state.hidden_T1H, batch.label_positions)
-        return self.language.heads.logits(self.language.heads.normalized(hidden_KH), self.language.vocabulary_weight)
+        language = present(self.language)
+        hidden_KH = language.edge.pick_rows(present(state.hidden_T1H), batch.label_positions)
+        heads = present(language.heads)
+        return heads.logits(heads.normalized(hidden_KH), language.vocabulary_weight)
 
     def _drop_path(self, step: int) -> DropPath | None:
         vision = self.run_config.vision

@@ -15,6 +15,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
+from lcl_megatron.model.parts import mark
+
 BiasDropoutAdd = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]
 
 
@@ -31,7 +33,7 @@ class ResidualBranch(nn.Module):
         self.register_parameter("gamma", None)
         if layer_scale_init is not None:
             self.gamma = nn.Parameter(torch.empty(config.hidden_size, dtype=config.params_dtype))
-            self.gamma.sequence_parallel = config.sequence_parallel
+            mark(self.gamma, sequence_parallel=config.sequence_parallel)
 
     def forward(self, training: bool, fused: bool) -> BiasDropoutAdd:
         """Return the function that megatron-core calls with (output, bias), residual and dropout probability."""

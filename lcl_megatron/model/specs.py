@@ -28,6 +28,7 @@ from torch import nn
 
 from lcl_megatron.config import ConfigError, LanguageConfig, VisionConfig
 from lcl_megatron.model.attention import TorchCoreAttention
+from lcl_megatron.model.parts import mark
 from lcl_megatron.model.residual import ResidualBranch, VisionLayer
 from lcl_megatron.model.sequence_edge import SequenceEdge, WholeSequence
 
@@ -59,7 +60,7 @@ class SequenceParallelLayerNorm(nn.LayerNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         for parameter in self.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
+            mark(parameter, sequence_parallel=config.sequence_parallel)
 
 
 def resolve_transformer_impl(requested: str) -> str:

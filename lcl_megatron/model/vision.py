@@ -16,6 +16,7 @@ from lcl_megatron.config.image import CLIP_MEAN, CLIP_STD
 from lcl_megatron.model.attention import PackedSequences
 from lcl_megatron.model.drop_path import DropPath
 from lcl_megatron.model.layers import LayerStack
+from lcl_megatron.model.parts import present
 from lcl_megatron.model.specs import Runtime, vision_layer_spec, vision_transformer_config
 
 
@@ -92,7 +93,7 @@ class VisionTower(MegatronModule):
 
     def embed(self, images: Tensor) -> Tensor:
         """Return this rank's rows of the flattened embeddings, (T, 1, C)."""
-        embeddings_TC = self.embedding(images).flatten(0, 1)
+        embeddings_TC = present(self.embedding)(images).flatten(0, 1)
         padding = self.num_rows(images.shape[0]) - embeddings_TC.shape[0]
         return self.edge.scatter(F.pad(embeddings_TC, (0, 0, 0, padding))[:, None])
 
@@ -118,7 +119,7 @@ class VisionTower(MegatronModule):
         """Return normalised features of all patches, (N, P, C) without the class token, whole on every rank."""
         tokens = self.vision.num_tokens
         features_NPC = self.edge.gather(patches_T1C)[: num_images * tokens, 0].unflatten(0, (num_images, tokens))
-        return self.final_layernorm(features_NPC)[:, int(self.vision.class_token) :]
+        return present(self.final_layernorm)(features_NPC)[:, int(self.vision.class_token) :]
 
     def forward(self, images: Tensor) -> Tensor:
         """Return features (N, P, C) of images in evaluation mode; needs the whole tower."""

@@ -48,7 +48,8 @@ class AgreedStep:
 
         A rank without images has one blank slot.
         """
-        num_slots, is_pair = [], []
+        num_slots: list[int] = []
+        is_pair: list[bool] = []
         for dp_rank in range(self.layout.num_images.shape[1]):
             begin, end = self.layout.image_range(micro_batch, dp_rank)
             pairs = self.layout.has_context[begin:end] & self.image_ok[begin:end]

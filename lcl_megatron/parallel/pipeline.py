@@ -32,6 +32,7 @@ from torch import Tensor
 from lcl_megatron.config import RunConfig
 from lcl_megatron.model.lcl import Activations, LCLModel, LCLOutput
 from lcl_megatron.model.line import HEADS, LANGUAGE_EMBED, POOL, Stage
+from lcl_megatron.model.parts import present
 from lcl_megatron.model.specs import Runtime
 from lcl_megatron.parallel.groups import ProcessGroups
 
@@ -63,8 +64,8 @@ def pack(activations: Activations) -> Tensor:
         return activations.patches_T1C
     head = activations.hidden_T1H
     if head is None:
-        head = activations.latents_NLH.flatten(0, 1)[:, None]
-    return torch.cat([head, activations.pooled_ND[:, None].to(head.dtype)])
+        head = present(activations.latents_NLH).flatten(0, 1)[:, None]
+    return torch.cat([head, present(activations.pooled_ND)[:, None].to(head.dtype)])
 
 
 def unpack(received: Tensor, piece: str, num_image_slots: int) -> Activations:
@@ -101,7 +102,7 @@ class PipelineStage(MegatronModule):
 
     def shared_embedding_or_output_weight(self) -> Tensor:
         """Return this stage's copy of the tied matrix; its gradient is summed over the embedding group."""
-        return self.model.language.vocabulary_weight
+        return present(self.model.language).vocabulary_weight
 
     def forward(self, batch: PackedBatch, step: int) -> Tensor | LCLOutput:
         """Run this stage on one micro-batch.
@@ -111,7 +112,7 @@ class PipelineStage(MegatronModule):
         """
         received = None
         if not self.stage.is_first:
-            received = unpack(self._received, self.stage.first_piece, batch.num_image_slots)
+            received = unpack(present(self._received), self.stage.first_piece, batch.num_image_slots)
         result = self.model(batch, received, step)
         return result if isinstance(result, LCLOutput) else pack(result)
 
@@ -138,7 +139,7 @@ class PlannedP2PCommunicator(P2PCommunicator):
             [] if stage.is_first else [boundary_shape(stage.first_piece, config, n) for n in images_per_micro_batch]
         )
         self._gradients = iter(
-            [] if stage.is_last else [boundary_shape(stage.next_piece, config, n) for n in images_per_micro_batch]
+            [boundary_shape(stage.next_piece, config, n) for n in images_per_micro_batch] if stage.next_piece else []
         )
 
     def _communicate(self, *, recv_prev: bool, recv_next: bool, tensor_shape: Any, **kwargs: Any) -> Any:

@@ -30,17 +30,20 @@ from lcl_megatron.data.indexed_file import CorpusError
 from lcl_megatron.data.tokenizer import PIECES, Tokenizer, train_tokenizer
 
 
-def make_documents(count: int, vocab_size: int, seed: int = 0, shard: str = "docs_shard_7.jsonl") -> list[EncodedDocument]:
+def make_documents(count: int, vocab_size: int, seed: int = 0,
+                   shard: str = "docs_shard_7.jsonl") -> list[EncodedDocument]:
     """Random documents with empty segments, several images per segment, names that are not ASCII, and no images."""
     rng = np.random.default_rng(seed)
     documents = []
     for number in range(count):
         segments = [rng.integers(7, vocab_size, rng.integers(0, 9)).tolist() for _ in range(rng.integers(1, 6))]
         places = sorted(rng.integers(0, len(segments), rng.integers(0, 4)).tolist())
-        images = [StoredImage(ImageSegment(f"\u6f22{number}_{index}.jpg", 5 - index, place, float(np.float32(rng.random())),
-                                           ImageKind(int(rng.integers(2)))),
-                              rng.bytes(int(rng.integers(1, 300))), int(rng.integers(1, 900)), int(rng.integers(1, 900)))
-                  for index, place in enumerate(places)]
+        images = []
+        for index, place in enumerate(places):
+            segment = ImageSegment(f"\u6f22{number}_{index}.jpg", 5 - index, place, float(np.float32(rng.random())),
+                                   ImageKind(int(rng.integers(2))))
+            width, height = (int(side) for side in rng.integers(1, 900, 2))
+            images.append(StoredImage(segment, rng.bytes(int(rng.integers(1, 300))), width, height))
         documents.append(EncodedDocument(segments, images, Source(shard, 10 + number)))
     return documents
 
@@ -53,7 +56,8 @@ def read_documents(corpus: Corpus) -> list[tuple[object, ...]]:
         images = range(*(int(border) for border in corpus.document_images[document:document + 2]))
         assert [int(corpus.segment_lengths[segment]) for segment in segments] == [
             len(corpus.segment_tokens(segment)) for segment in segments]
-        found.append((corpus.document_source(document), [corpus.segment_tokens(segment).tolist() for segment in segments],
+        found.append((corpus.document_source(document),
+                      [corpus.segment_tokens(segment).tolist() for segment in segments],
                       [(corpus.image_bytes(image), corpus.image_source(image), int(corpus.image_segment[image]),
                         float(corpus.image_similarity[image]), int(corpus.image_width[image]),
                         int(corpus.image_height[image]), int(corpus.image_kind[image])) for image in images]))
@@ -63,7 +67,8 @@ def read_documents(corpus: Corpus) -> list[tuple[object, ...]]:
 def expected(documents: list[EncodedDocument]) -> list[tuple[object, ...]]:
     return [(str(document.source), [list(segment) for segment in document.segments],
              [(image.data, f"{document.source} image {image.segment.number} ({image.segment.name})",
-               image.segment.segment_index, image.segment.similarity, image.width, image.height, int(image.segment.kind))
+               image.segment.segment_index, image.segment.similarity, image.width, image.height,
+               int(image.segment.kind))
               for image in document.images]) for document in documents]
 
 
@@ -332,6 +337,12 @@ def write_parts(writer: CorpusWriter, shards: list[list[EncodedDocument]], vocab
         writer.append(writer.part_folder(number))
 
 
+def write_all(writer: CorpusWriter, shards: list[list[EncodedDocument]], vocab_size: int) -> None:
+    with writer:
+        write_parts(writer, shards, vocab_size, 0)
+        writer.commit()
+
+
 class Crash(BaseException):
     """Stands for the end of the process at some system call."""
 
@@ -353,13 +364,10 @@ def test_a_crash_at_any_point_is_taken_up_without_loss_or_repetition(
         flush(descriptor)
 
     monkeypatch.setattr(corpus_writer.os, "fsync", failing_flush)
-    done = 0
-    with pytest.raises(Crash), CorpusWriter(tmp_path / "corpus", tokenizer, "x") as writer:
-        try:
-            write_parts(writer, shards, size, 0)
-            writer.commit()
-        finally:
-            done = len(writer.inputs)
+    writer = CorpusWriter(tmp_path / "corpus", tokenizer, "x")
+    with pytest.raises(Crash):
+        write_all(writer, shards, size)
+    done = len(writer.inputs)
     monkeypatch.undo()
     assert not (tmp_path / "corpus").exists()
     with CorpusWriter(tmp_path / "corpus", tokenizer, "x") as writer:

@@ -39,6 +39,10 @@ def make_plan(corpus: Corpus, num_workers: int = 0, batch: tuple[int, int, int] 
     return Plan(corpus, config, NUM_LATENTS, *batch, SEED)
 
 
+def read(steps: Iterator[StepBatch], number: int) -> list[StepBatch]:
+    return [next(steps) for _ in range(number)]
+
+
 def assert_equal(found: PackedBatch, expected: PackedBatch) -> None:
     for field in dataclasses.fields(PackedBatch):
         a, b = getattr(found, field.name), getattr(expected, field.name)
@@ -62,6 +66,7 @@ def make_directly(corpus: Corpus, step: int, dp_rank: int) -> list[PackedBatch]:
     return batches
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 5 worker processes")
 @pytest.mark.parametrize("num_workers", [0, 1, 2, 5])
 def test_steps_come_in_order_whatever_the_number_of_workers(written: WrittenCorpus, num_workers: int) -> None:
     loader = StepLoader(make_plan(written.corpus, num_workers), 1, SIZE, start_step=2, end_step=10)
@@ -156,7 +161,7 @@ def test_bad_images_are_blank_and_named_and_change_nothing_else(
             source, reason = message.split("): ", 1)
             assert source.startswith("docs.jsonl:")
             assert " image " in source
-            assert "truncated" in reason or "no image of a known format" in reason
+            assert "truncated" in reason.lower() or "no image of a known format" in reason
         num_bad += bad_here
     assert num_bad > 10
 
@@ -170,8 +175,7 @@ def test_killed_worker_ends_the_loop_with_a_clear_error(written: WrittenCorpus) 
         assert worker.pid is not None
         os.kill(worker.pid, signal.SIGKILL)
     with pytest.raises(RuntimeError, match=r"a loader process died .*lower --num-workers"):
-        for _ in range(20):
-            next(steps)
+        read(steps, 20)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -184,18 +188,12 @@ def test_damaged_corpus_ends_the_loop_with_its_own_error(
     next(steps)
     os.truncate(corpus.path / "tokens.bin", 0)
     with pytest.raises(CorpusError, match=r"tokens.bin ends inside sequence"):
-        for _ in range(20):
-            next(steps)
-
-
-def count_steps(steps: Iterator[StepBatch], number: int) -> None:
-    for _ in range(number):
-        next(steps)
+        read(steps, 20)
 
 
 def test_leaving_the_loop_early_ends_the_workers(written: WrittenCorpus) -> None:
     steps = iter(StepLoader(make_plan(written.corpus, 2), 0, SIZE))
-    count_steps(steps, 3)
+    read(steps, 3)
     assert len(multiprocessing.active_children()) == 2
     del steps
     assert multiprocessing.active_children() == []
@@ -205,7 +203,7 @@ def test_a_step_of_many_micro_batches_takes_few_file_descriptors(written: Writte
     """Each tensor by itself would take one: 32 micro-batches x 13 tensors x 2 steps ahead."""
     steps = iter(StepLoader(make_plan(written.corpus, 1, (32, 1, 1)), 0, SIZE))
     before = len(os.listdir("/proc/self/fd"))
-    held = [next(steps) for _ in range(3)]
+    held = read(steps, 3)
     assert len(os.listdir("/proc/self/fd")) - before < 32
     assert len(held[0].micro_batches) == 32
 

@@ -86,7 +86,7 @@ def test_documents_read_back(mmc4, record, name: str):
     images = [("b.jpg", 3, 0.25), ("sub/a.jpg", 0, 0.5), ("c.jpg", 3, 1)]
     document, = read_mmc4(mmc4.add_shard(name, [b"", b"   ", record(texts, images)]))
     assert isinstance(document, Document)
-    assert [segment.text for segment in document.segments] == ["First.", "Second, padded.", "", "caf\u00e9 \u6f22\u5b57"]
+    assert [segment.text for segment in document.segments] == ["First.", "Second, padded.", "", texts[3]]
     assert str(document.source) == "docs_shard_7_v2.jsonl:3"
     # Sorted by sentence, in the record's order within a sentence; the number is the place in the record.
     assert [(image.name, image.number, image.segment_index, image.similarity) for image in document.images] == [
@@ -94,7 +94,8 @@ def test_documents_read_back(mmc4, record, name: str):
     assert all(image.kind is ImageKind.MATCHED for image in document.images)
 
 
-@pytest.mark.parametrize("name", ["../x.jpg", "a/../../x.jpg", "/etc/passwd", "a\\..\\x.jpg", "x\x00.jpg", "", ".", ".."])
+@pytest.mark.parametrize("name", ["../x.jpg", "a/../../x.jpg", "/etc/passwd", "a\\..\\x.jpg", "x\x00.jpg", "", ".",
+                                  ".."])
 def test_a_name_that_could_leave_the_folder_costs_the_image_only(mmc4, record, name: str):
     shard = mmc4.add_shard("s.jsonl", [record(["One.", "Two."], [(name, 0, 0.3), ("fine.jpg", 1, 0.3)])])
     reject, document = read_mmc4(shard)

@@ -165,7 +165,7 @@ def test_layout_announces_what_the_batches_hold(written: WrittenCorpus) -> None:
 
 
 def test_image_counts_are_even_over_groups_and_ranks(written: WrittenCorpus) -> None:
-    plan = make_plan(written, (48, 3, 4))
+    plan = make_plan(written, (96, 8, 4))
     for number in range(6):
         images = plan.step(number).layout.num_images
         assert np.ptp(images.sum(axis=1)) <= 1
