@@ -1,6 +1,6 @@
 """Which images of a document are shown, where they stand, and where its tail is cut: one epoch's view of it.
 
-The rules are those of the LCL paper for MMC4 (arXiv:2406.07543, section 4.1 and appendix):
+The rules are those of the LCL paper (arXiv:2406.07543) for MMC4; inline images are those of OBELICS-like corpora:
 
 1. keep images whose similarity to their sentence is high enough;
 2. of several images matched to one sentence keep a random one;
@@ -215,7 +215,7 @@ class _Slots:
     offsets: np.ndarray
     """(n + 1,) int64, first slot of each document."""
     lengths: np.ndarray
-    """(slots,) int64, tokens of the text segment behind the slot; 0 behind the last one."""
+    """(slots,) int32, tokens of the text segment behind the slot; 0 behind the last one."""
     ends: np.ndarray
     """(slots,) int64, running sum of ``lengths`` over all documents."""
     before: np.ndarray
@@ -230,12 +230,12 @@ class _Slots:
         counts = borders[documents + 1] - first + 1
         offsets = np.concatenate([[0], np.cumsum(counts)])
         segments = np.arange(offsets[-1]) + np.repeat(first - offsets[:-1], counts)
-        lengths = np.zeros(len(segments), dtype=np.int64)
+        lengths = np.zeros(len(segments), dtype=np.int32)
         if len(corpus.segment_lengths):
-            # The slot behind the last segment reads the next document's, or nothing, and is then set to 0.
+            # The slot behind the last segment reads the next document's, or the corpus's last one; it is set to 0.
             np.take(np.asarray(corpus.segment_lengths), segments, mode="clip", out=lengths)
             lengths[offsets[1:] - 1] = 0
-        ends = np.cumsum(lengths)
+        ends = np.cumsum(lengths, dtype=np.int64)
         return cls(offsets, lengths, ends, np.concatenate([[0], ends])[offsets[:-1]])
 
     def text_ends(self, document: np.ndarray, slot: np.ndarray) -> np.ndarray:

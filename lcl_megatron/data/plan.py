@@ -138,5 +138,14 @@ class Plan:
     def _deal(self, num_images: np.ndarray) -> np.ndarray:
         """Return (micro-batches, ranks, micro-batch size) positions of rows."""
         groups = deal_evenly(num_images, self.num_micro_batches)
-        dealt = [group[deal_evenly(num_images[group], self.data_parallel_size)] for group in groups]
-        return np.stack(dealt)
+        dealt = np.empty((len(groups), self.data_parallel_size, self.micro_batch_size), dtype=np.int64)
+        totals = np.zeros(self.data_parallel_size, dtype=np.int64)
+        for m, group in enumerate(groups):
+            bins = group[deal_evenly(num_images[group], self.data_parallel_size)]
+            loads = num_images[bins].sum(axis=1)
+            # The rank with the fewest images so far gets the fullest of the nearly equal bins.
+            ranks = np.argsort(totals, kind="stable")
+            fullest_first = np.argsort(-loads, kind="stable")
+            dealt[m, ranks] = bins[fullest_first]
+            totals[ranks] += loads[fullest_first]
+        return dealt

@@ -170,6 +170,7 @@ def test_image_counts_are_even_over_groups_and_ranks(written: WrittenCorpus) -> 
         images = plan.step(number).layout.num_images
         assert np.ptp(images.sum(axis=1)) <= 1
         assert np.ptp(images, axis=1).max() <= 1
+        assert np.ptp(images.sum(axis=0)) <= 1
 
 
 def test_row_image_budget_holds(written: WrittenCorpus) -> None:
