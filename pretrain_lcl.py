@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 
 from lcl_megatron.config.sources import load_run_config
+from lcl_megatron.training.failure import exit_status
 from lcl_megatron.training.loop import train
 from lcl_megatron.training.setup import run_from
 
@@ -20,4 +21,4 @@ def main() -> None:
 
 # megatron-core's checkpoint writer starts a process that imports this file again.
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

@@ -24,6 +24,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from lcl_megatron.checkpoint import optimizer_state
 from lcl_megatron.config import RunConfig
 from lcl_megatron.config.toml import from_toml, to_toml
 from lcl_megatron.config.validate import architecture, architecture_difference
@@ -140,9 +141,12 @@ def load(checkpoint: Path, trainable: Trainable) -> Progress:
         CheckpointError: the checkpoint's architecture differs.
     """
     check_architecture(checkpoint, trainable.engine.config)
-    state = dist_checkpointing.load(_state(trainable, Progress(), is_loading=True), str(checkpoint))
+    wanted = _state(trainable, Progress(), is_loading=True)
+    # megatron-core empties the description of what is wanted.
+    model = dict(wanted["model"])
+    state = dist_checkpointing.load(wanted, str(checkpoint))
     trainable.engine.ddp.module.load_state_dict(_unprefixed(state["model"]), strict=True)
-    trainable.optimizer.load_state_dict(state["optimizer"])
+    optimizer_state.load_sharded_state(trainable.optimizer, model, state["optimizer"])
     trainable.scheduler.load_state_dict(state["scheduler"])
     return Progress(**state["progress"])
 
@@ -161,7 +165,7 @@ def _state(trainable: Trainable, progress: Progress, is_loading: bool) -> dict[s
     model = engine.ddp.module.sharded_state_dict(metadata=metadata)
     return {
         "model": model,
-        "optimizer": trainable.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata),
+        "optimizer": optimizer_state.sharded_state(trainable.optimizer, model, is_loading, metadata),
         "scheduler": trainable.scheduler.state_dict(),
         "progress": asdict(progress),
     }

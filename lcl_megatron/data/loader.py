@@ -9,8 +9,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import multiprocessing
+import signal
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,8 +104,10 @@ class StepLoader:
             multiprocessing_context=_start_method() if self._num_workers else None,
             pin_memory=torch.cuda.is_available(),
         )
+        with _sigterm_held():
+            parcels = iter(loader)
         try:
-            for parcel in loader:
+            for parcel in parcels:
                 yield parcel.open()
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
@@ -219,6 +224,22 @@ class _Parcel:
     def _open(self, values: dict[str, Any]) -> PackedBatch:
         tensors = {name: value.view(self.buffer) for name, value in values.items() if isinstance(value, _Place)}
         return PackedBatch(**values | tensors)
+
+
+@contextmanager
+def _sigterm_held() -> Iterator[None]:
+    """Start worker processes that SIGTERM does not reach; they inherit the mask and end with the iterator.
+
+    A scheduler sends SIGTERM to all processes of a job. The training process then wants to finish its step and save,
+    which it could not if its loader were gone.
+    """
+    # Starting the tracker, which the first worker would do, lifts the mask.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_method() -> str:

@@ -38,7 +38,7 @@ def initialize_weights(model: LCLModel, seed: int, tp_rank: int = 0, tp_size: in
         tp_size: number of tensor-parallel ranks.
     """
     for name, parameter in model.named_parameters():
-        if name == "language.output_weight" and parameter.shared:
+        if name == "language.output_projection.weight" and parameter.shared:
             name = _TIED_WEIGHT
         split = getattr(parameter, "tensor_model_parallel", False) and tp_size > 1
         shape = list(parameter.shape)
@@ -76,7 +76,7 @@ def _standard_deviation(model: LCLModel, name: str, shape: list[int]) -> float:
         return vision_width**-0.5
     if name == "language.embedding.position_embeddings":
         return 0.01
-    if name in (_TIED_WEIGHT, "language.output_weight"):
+    if name in (_TIED_WEIGHT, "language.output_projection.weight"):
         return 0.02
     if not name.startswith(("vision.layers.", "language.layers.")):
         return (3 * shape[1]) ** -0.5

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from lcl_megatron.data.batch import PackedBatch
 
 
+_TIED_WEIGHT = "language.embedding.word_embeddings.weight"
+
+
 class TokenEmbedding(MegatronModule):
     """Token and learned position embeddings, with image latents put in place of the placeholders.
 
@@ -134,10 +137,46 @@ class LanguageHeads(MegatronModule):
         return self.context_projection(self.context_layernorm(hidden_NH))
 
 
+class OutputProjection(MegatronModule):
+    """The vocabulary projection as a matrix of its own: an untied one, or a later stage's copy of the tied one.
+
+    Called, and not read as an attribute, because megatron-core gathers a module's parameters when the module is called.
+    Parallel: split over tp by vocabulary.
+    """
+
+    def __init__(self, language: LanguageConfig, runtime: Runtime) -> None:
+        super().__init__(config=language_transformer_config(language, runtime))
+        self.tp_group = runtime.collection.tp
+        self.tied = language.tie_embeddings
+        rows = language.padded_vocab_size // runtime.tensor_parallel_size
+        self.weight = nn.Parameter(torch.empty(rows, language.hidden_size, dtype=runtime.params_dtype))
+        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
+        mark(self.weight, shared=self.tied)
+
+    def forward(self) -> Tensor:
+        """Return this rank's part of the matrix, (V, H)."""
+        return self.weight
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> ShardedStateDict:
+        """Return the matrix for a distributed checkpoint; a copy of the tied one is a replica of the embedding."""
+        dp_cp_group = ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]
+        name = f"{prefix}weight"
+        sharded = make_tp_sharded_tensor_for_checkpoint(
+            tensor=self.weight,
+            key=_TIED_WEIGHT if self.tied else name,
+            replica_id=(1, 0, dp_cp_group.rank()) if self.tied else None,
+            allow_shape_mismatch=True,
+            prepend_offsets=sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=dp_cp_group,
+        )
+        return {name: sharded}
+
+
 class LanguageModel(MegatronModule):
     """The parts of the language model that one pipeline stage holds; absent parts are None."""
-
-    output_weight: nn.Parameter | None
 
     def __init__(
         self,
@@ -149,52 +188,23 @@ class LanguageModel(MegatronModule):
     ) -> None:
         super().__init__(config=language_transformer_config(language, runtime))
         self.edge = runtime.edge
-        self.tp_group = runtime.collection.tp
         self.language = language
         layers = range(language.num_layers) if layers is None else layers
         self.embedding = TokenEmbedding(language, runtime) if has_embedding else None
         spec = language_layer_spec(language, runtime)
         self.layers = LayerStack(self.config, spec, layers, runtime.collection)
         self.heads = LanguageHeads(language, runtime, heads_chunk_size) if heads_chunk_size else None
-        self.register_parameter("output_weight", None)
+        self.output_projection = None
         if self.heads is not None and not (language.tie_embeddings and has_embedding):
-            # An untied matrix, or this stage's copy of the tied one.
-            self.output_weight = self._vocabulary_matrix(runtime)
-            mark(self.output_weight, shared=language.tie_embeddings)
-
-    def _vocabulary_matrix(self, runtime: Runtime) -> nn.Parameter:
-        rows = self.language.padded_vocab_size // runtime.tensor_parallel_size
-        weight = nn.Parameter(torch.empty(rows, self.language.hidden_size, dtype=runtime.params_dtype))
-        set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=0, stride=1)
-        return weight
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
-    ) -> ShardedStateDict:
-        """Return the tensors for a distributed checkpoint, named as in the whole model.
-
-        A stage's copy of the tied matrix is a further replica of the embedding, not a tensor of its own.
-        """
-        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        if self.output_weight is not None:
-            tied = self.language.tie_embeddings
-            dp_cp_group = ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]
-            state[f"{prefix}output_weight"] = make_tp_sharded_tensor_for_checkpoint(
-                tensor=self.output_weight,
-                key=f"{prefix}embedding.word_embeddings.weight" if tied else f"{prefix}output_weight",
-                replica_id=(1, 0, dp_cp_group.rank()) if tied else None,
-                allow_shape_mismatch=True,
-                prepend_offsets=sharded_offsets,
-                tp_group=self.tp_group,
-                dp_cp_group=dp_cp_group,
-            )
-        return state
+            self.output_projection = OutputProjection(language, runtime)
+        if language.tie_embeddings and has_embedding != (self.heads is not None):
+            mark(self.vocabulary_weight, shared_embedding=True)
 
     @property
     def vocabulary_weight(self) -> Tensor:
         """(V, H), this rank's part of the output projection."""
-        if self.output_weight is not None:
-            return self.output_weight
+        if self.output_projection is not None:
+            return self.output_projection()
         return present(self.embedding).word_embeddings.weight
 
     def embed(self, batch: PackedBatch, latents_NLH: Tensor) -> Tensor:

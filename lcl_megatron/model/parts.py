@@ -23,7 +23,9 @@ def mark(parameter: nn.Parameter, **marks: bool) -> None:
     """Set attributes that megatron-core looks for on a parameter.
 
     ``sequence_parallel``: its gradient is summed over the tensor-parallel ranks, each of which saw a part of the
-    sequence. ``shared``: a further copy of a parameter, left out of the gradient norm.
+    sequence. ``shared``: a further copy of a parameter, left out of the gradient norm. ``shared_embedding``: one of two
+    copies on different stages; megatron-core then splits both alike over dp, so that their slices of the gradient can
+    be summed.
     """
     for name, value in marks.items():
         setattr(parameter, name, value)

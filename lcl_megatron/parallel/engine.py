@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -101,6 +102,19 @@ class Engine:
             p2p_communicator=communicator if pipeline else None,
             pg_collection=self.groups.collection,
         )
+
+    @contextmanager
+    def whole_parameters(self) -> Iterator[None]:
+        """Make sure that every rank holds the updated parameters, to save or evaluate between two steps.
+
+        With ``overlap_param_gather``, parameters that other ranks have updated arrive only during the next forward pass.
+        """
+        overlapped = self.config.parallel.overlap_param_gather
+        if overlapped:
+            self.ddp.disable_forward_pre_hook(param_sync=True)
+        yield
+        if overlapped:
+            self.ddp.enable_forward_pre_hook()
 
     def _loss_and_report(self, loss_function: LossFunction, output: LCLOutput) -> tuple[Tensor, Tensor, Any]:
         loss, report = loss_function(output)

@@ -1,4 +1,4 @@
-"""Images that could not be decoded while training: told with their source, counted, and too many of them end the run."""
+"""Images that could not be decoded while training: named, counted, and too many of them end the run."""
 
 from __future__ import annotations
 

@@ -7,11 +7,13 @@ import time
 from pathlib import Path
 
 from lcl_megatron.checkpoint import native
-from lcl_megatron.training.bad_images import BadImageWatch
+from lcl_megatron.data.batch import StepBatch
+from lcl_megatron.training.bad_images import BadImageWatch, TooManyBadImagesError
 from lcl_megatron.training.curves import write_curves
 from lcl_megatron.training.meter import Meter
+from lcl_megatron.training.metrics_logger import METRICS_FILE
 from lcl_megatron.training.run import Run
-from lcl_megatron.training.step import train_step
+from lcl_megatron.training.step import StepResult, train_step
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +23,7 @@ def train(run: Run) -> None:
 
     Raises:
         TooManyBadImagesError: the corpus's images can not be trusted; a checkpoint is written first.
+        NonFiniteError: the gradient is not finite; nothing is written, because the weights are lost.
     """
     config = run.config
     meter = Meter(run)
@@ -35,7 +38,7 @@ def train(run: Run) -> None:
             consumed_images=run.progress.consumed_images + int(batch.layout.num_images.sum()),
             data_fingerprint=run.progress.data_fingerprint,
         )
-        watch.add(result.agreed, batch.bad_images)
+        _watch(run, watch, result, batch)
         meter.add(result, batch, data_wait_s)
 
         step, last = run.progress.step, run.progress.step == config.training.train_iters
@@ -51,11 +54,21 @@ def train(run: Run) -> None:
     _draw_curves(run)
 
 
+def _watch(run: Run, watch: BadImageWatch, result: StepResult, batch: StepBatch) -> None:
+    """Count the step's bad images; save before giving up, so that the run can go on from here."""
+    try:
+        watch.add(result.agreed, batch.bad_images)
+    except TooManyBadImagesError:
+        save_checkpoint(run)
+        raise
+
+
 def _draw_curves(run: Run) -> None:
-    """Write the page of curves beside the metrics, on the process that writes."""
+    """Write the page of curves beside the metrics, on the process that writes, if there are any metrics."""
     if run.config.logging.log_dir and run.engine.groups.rank == 0:
         log_dir = Path(run.config.logging.log_dir)
-        write_curves([log_dir], log_dir / "curves.html")
+        if (log_dir / METRICS_FILE).stat().st_size > 0:
+            write_curves([log_dir], log_dir / "curves.html")
 
 
 def save_checkpoint(run: Run) -> None:
@@ -63,6 +76,7 @@ def save_checkpoint(run: Run) -> None:
     if not run.config.checkpoint.save:
         return
     tokenizer = (run.corpus.path / native.TOKENIZER_FILE).read_bytes()
-    folder = native.save(run.config.checkpoint.save, run.trainable, run.progress, tokenizer)
+    with run.engine.whole_parameters():
+        folder = native.save(run.config.checkpoint.save, run.trainable, run.progress, tokenizer)
     if run.engine.groups.rank == 0:
         logger.info("saved %s", folder)

@@ -93,7 +93,7 @@ class Meter:
             "data/bad_images": bad_images,
             "data/consumed_rows": run.progress.consumed_rows,
             "data/consumed_images": run.progress.consumed_images,
-            "data/fill": self.tokens / (self.steps * run.config.training.global_batch_size * run.config.data.seq_length),
+            "data/fill": self.tokens / self._positions(),
         }
         metrics |= dict(zip(_FEATURE_NAMES, (value / ranks for value in totals[4:]), strict=True))
         utilization = model_flops_utilization(
@@ -103,6 +103,10 @@ class Meter:
             metrics["perf/model_flops_utilization"] = utilization
         self._start()
         return metrics
+
+    def _positions(self) -> int:
+        """Return how many tokens the steps' rows could hold."""
+        return self.steps * self.run.config.training.global_batch_size * self.run.config.data.seq_length
 
     def _features(self, result: StepResult) -> torch.Tensor:
         """Return monitors of the last micro-batch's features, which every rank of the last stage has gathered."""

@@ -48,6 +48,7 @@ def run_from(config: RunConfig) -> Iterator[Run]:
         try:
             yield run
         finally:
+            run.stop.close()
             run.logger.close()
     finally:
         groups.destroy()
@@ -123,7 +124,10 @@ def _build(config: RunConfig, corpus: Corpus, plan: Plan, groups: ProcessGroups)
             end_step=config.training.train_iters,
         ),
         logger=MetricsLogger(
-            Path(config.logging.log_dir) if config.logging.log_dir else None, config.training.train_iters, is_writer=groups.rank == 0, resume_step=progress.step
+            Path(config.logging.log_dir) if config.logging.log_dir else None,
+            config.training.train_iters,
+            is_writer=groups.rank == 0,
+            resume_step=progress.step,
         ),
         stop=stop,
         progress=progress,
@@ -136,10 +140,14 @@ def _resume(config: RunConfig, plan: Plan, trainable: native.Trainable) -> nativ
     Raises:
         CheckpointError: ``checkpoint.load`` holds none, or it was trained on other data or in another order.
     """
-    checkpoint = native.find_latest(config.checkpoint.load or config.checkpoint.save or "")
+    root = config.checkpoint.load or config.checkpoint.save
+    checkpoint = native.find_latest(root) if root else None
     if checkpoint is None:
         if config.checkpoint.load:
-            raise native.CheckpointError(f"--load {config.checkpoint.load}: no complete checkpoint (step-NNNNNNNN) there")
+            raise native.CheckpointError(
+                f"--load {config.checkpoint.load}: no complete checkpoint (step-NNNNNNNN) there; give the --save "
+                "folder of a run, or leave --load out to start anew"
+            )
         return native.Progress(data_fingerprint=plan.fingerprint)
     progress = native.load(checkpoint, trainable)
     if progress.data_fingerprint != plan.fingerprint:

@@ -8,6 +8,7 @@ divides by the global counts, gradients are summed, and so loss and gradient do 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,6 +20,10 @@ from lcl_megatron.parallel.agreement import AgreedStep, agree
 from lcl_megatron.parallel.contrastive import ContrastiveOutput, contrastive_loss
 from lcl_megatron.parallel.groups import ProcessGroups
 from lcl_megatron.training.run import Run
+
+
+class NonFiniteError(RuntimeError):
+    """A step whose gradient is infinite or no number: the weights are lost."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,11 @@ class Objective:
 
 
 def train_step(run: Run, batch: StepBatch) -> StepResult:
-    """Run one optimizer step; collective over all ranks."""
+    """Run one optimizer step; collective over all ranks.
+
+    Raises:
+        NonFiniteError: the gradient norm is not finite, on all ranks alike.
+    """
     engine, optimizer = run.engine, run.trainable.optimizer
     agreed = agree(batch, engine.groups, run.stop.requested)
     engine.ddp.zero_grad_buffer()
@@ -91,5 +100,10 @@ def train_step(run: Run, batch: StepBatch) -> StepResult:
     # The rate of step k is lr * (k + 1) / warm-up: no step is spent at rate 0.
     run.trainable.scheduler.step(1)
     _, grad_norm, _ = optimizer.step()
+    if not math.isfinite(grad_norm):
+        raise NonFiniteError(
+            f"step {batch.step + 1}: the gradient norm is {grad_norm}. Go on from the last checkpoint with a lower "
+            "--lr or --clip-grad, or a longer --lr-warmup-iters"
+        )
     engine.model.clamp_logit_scale()
-    return StepResult(agreed, losses, float(grad_norm or 0.0), optimizer.param_groups[0]["lr"])
+    return StepResult(agreed, losses, float(grad_norm), optimizer.param_groups[0]["lr"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from types import FrameType
 
 
@@ -14,10 +15,17 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.requested = False
+        self._previous: Callable[[int, FrameType | None], object] | int | None = None
 
     def listen(self) -> None:
         """Take over SIGTERM; only possible in the main thread of a process."""
-        signal.signal(signal.SIGTERM, self._receive)
+        self._previous = signal.signal(signal.SIGTERM, self._receive)
+
+    def close(self) -> None:
+        """Give SIGTERM back: a process that no longer trains ends at once when asked to."""
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+            self._previous = None
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.requested = True

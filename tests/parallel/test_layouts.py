@@ -164,7 +164,7 @@ def _whole_gradients(results: list[Any], tensor: int) -> dict[str, np.ndarray]:
     for _, gradients, (tp_rank, _) in results:
         for name, part in gradients.items():
             # The last stage's copy of the tied matrix is the embedding, whose gradient both copies must hold.
-            name = "language.embedding.word_embeddings.weight" if name == "language.output_weight" else name
+            name = "language.embedding.word_embeddings.weight" if name == "language.output_projection.weight" else name
             known = parts.setdefault(name, {}).setdefault(tp_rank, part)
             np.testing.assert_allclose(part[0], known[0], rtol=1e-6, atol=1e-9, err_msg=name)
     whole = {}

@@ -5,7 +5,7 @@
 | ``vision.embedding.*``, ``vision.layers.N``, ``vision.final_layernorm`` | ``visual.*`` |
 | ``pool.*`` | ``pool_project.*`` |
 | ``language.embedding.*``, ``language.layers.N`` | ``text.*`` |
-| ``language.heads.final_layernorm``, ``language.output_weight`` | ``lm_head.0``, ``lm_head.1`` |
+| ``language.heads.final_layernorm``, ``language.output_projection.weight`` | ``lm_head.0``, ``lm_head.1`` |
 | ``language.heads.context_layernorm``, ``.context_projection`` | ``text.ln_final``, ``text.text_projection`` |
 
 Every map is a permutation of entries, so it serves weights and gradients alike and is bit-exact both ways.
@@ -71,7 +71,7 @@ def name_table(config: RunConfig) -> tuple[Entry, ...]:
             lambda tensor: tensor.t(), lambda tensor: tensor.t(),
         ),
         *_affine("language.heads.final_layernorm", "lm_head.0"),
-        Entry("language.output_weight", "lm_head.1.weight"),
+        Entry("language.output_projection.weight", "lm_head.1.weight"),
         Entry("logit_scale", "logit_scale", lambda tensor: tensor.view(1), lambda tensor: tensor.view(())),
     ]
     for letter, word in (("q", "query"), ("k", "key"), ("v", "value")):
