@@ -140,12 +140,11 @@ def load(checkpoint: Path, trainable: Trainable) -> Progress:
     Raises:
         CheckpointError: the checkpoint's architecture differs.
     """
-    check_architecture(checkpoint, trainable.engine.config)
-    wanted = _state(trainable, Progress(), is_loading=True)
-    # megatron-core empties the description of what is wanted.
-    model = dict(wanted["model"])
-    state = dist_checkpointing.load(wanted, str(checkpoint))
-    trainable.engine.ddp.module.load_state_dict(_unprefixed(state["model"]), strict=True)
+    engine = trainable.engine
+    check_architecture(checkpoint, engine.config)
+    state = dist_checkpointing.load(_state(trainable, Progress(), is_loading=True), str(checkpoint))
+    engine.ddp.module.load_state_dict(_unprefixed(state["model"]), strict=True)
+    model = engine.ddp.module.sharded_state_dict(metadata=_metadata(engine))
     optimizer_state.load_sharded_state(trainable.optimizer, model, state["optimizer"])
     trainable.scheduler.load_state_dict(state["scheduler"])
     return Progress(**state["progress"])

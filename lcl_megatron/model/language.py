@@ -201,11 +201,15 @@ class LanguageModel(MegatronModule):
             mark(self.vocabulary_weight, shared_embedding=True)
 
     @property
-    def vocabulary_weight(self) -> Tensor:
-        """(V, H), this rank's part of the output projection."""
+    def vocabulary_weight(self) -> nn.Parameter:
+        """(V, H), this rank's part of the output projection; to look at between steps."""
         if self.output_projection is not None:
-            return self.output_projection()
+            return self.output_projection.weight
         return present(self.embedding).word_embeddings.weight
+
+    def vocabulary_matrix(self) -> Tensor:
+        """Return ``vocabulary_weight`` for use in a forward pass, after its update has been gathered."""
+        return self.vocabulary_weight if self.output_projection is None else self.output_projection()
 
     def embed(self, batch: PackedBatch, latents_NLH: Tensor) -> Tensor:
         """Return this rank's rows of the input embeddings, (T, 1, H)."""

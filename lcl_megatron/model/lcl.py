@@ -128,7 +128,7 @@ class LCLModel(MegatronModule):
         positions_K = batch.label_positions if has_targets else batch.label_positions.new_zeros(1)
         target_hidden_KH = edge.pick_rows(hidden_T1H, positions_K)
         labels_K = batch.labels.flatten().index_select(0, positions_K)
-        losses_K = heads.token_losses(target_hidden_KH, labels_K, language.vocabulary_weight)
+        losses_K = heads.token_losses(target_hidden_KH, labels_K, language.vocabulary_matrix())
         context_hidden_NH = edge.pick_rows(hidden_T1H, batch.context_slots)
         context_ND = heads.context_features(context_hidden_NH)
         if not has_targets:
@@ -141,7 +141,7 @@ class LCLModel(MegatronModule):
         language = present(self.language)
         hidden_KH = language.edge.pick_rows(present(state.hidden_T1H), batch.label_positions)
         heads = present(language.heads)
-        return heads.logits(heads.normalized(hidden_KH), language.vocabulary_weight)
+        return heads.logits(heads.normalized(hidden_KH), language.vocabulary_matrix())
 
     def _drop_path(self, step: int) -> DropPath | None:
         vision = self.run_config.vision

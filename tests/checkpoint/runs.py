@@ -1,0 +1,177 @@
+"""Tiny runs in any layout for tests of checkpoints: how to build one, train it a little, and see its whole tensors.
+
+Whole tensors are put together without the code under test: from each rank's parameters and from megatron-core's
+optimizers, by the dimension that tensor parallelism splits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from lcl_megatron.checkpoint.native import Trainable
+from lcl_megatron.config import (
+    DataConfig,
+    LanguageConfig,
+    LossConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PoolConfig,
+    RunConfig,
+    TrainingConfig,
+    VisionConfig,
+)
+from lcl_megatron.data.batch import StepBatch
+from lcl_megatron.parallel import engine as engines
+from lcl_megatron.parallel.agreement import agree
+from lcl_megatron.training.optimizer import build_optimizer, build_scheduler
+from lcl_megatron.training.step import Objective
+from tests.batches import layout_of, make_rows
+
+CONFIG = RunConfig(
+    vision=VisionConfig(
+        image_size=16, patch_size=8, num_layers=2, hidden_size=16, ffn_hidden_size=32, num_attention_heads=2,
+        layer_scale_init=0.5, drop_path_rate=0.3,
+    ),
+    pool=PoolConfig(num_attention_heads=2),
+    language=LanguageConfig(
+        num_layers=2, hidden_size=24, ffn_hidden_size=32, num_attention_heads=2, vocab_size=60,
+        max_position_embeddings=64, make_vocab_size_divisible_by=16,
+    ),
+    loss=LossConfig(contrastive_loss_weight=1.0),
+    data=DataConfig(seq_length=64, packing_window=16, num_workers=0),
+    training=TrainingConfig(train_iters=4, global_batch_size=4, micro_batch_size=1, precision="fp32",
+                            transformer_impl="torch"),
+    optimizer=OptimizerConfig(lr=0.01, lr_warmup_iters=1),
+)
+MOMENTS = ("param", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run is spread, and what else a checkpoint must be able to cross."""
+
+    name: str
+    dp: int = 1
+    tp: int = 1
+    sequence_parallel: bool = False
+    cuts: tuple[str, ...] = ()
+    distributed_optimizer: bool = True
+
+    @property
+    def world_size(self) -> int:
+        return self.dp * self.tp * (len(self.cuts) + 1)
+
+    def apply(self, config: RunConfig) -> RunConfig:
+        return dataclasses.replace(config, parallel=ParallelConfig(
+            tensor_model_parallel_size=self.tp,
+            sequence_parallel=self.sequence_parallel,
+            pipeline_model_parallel_size=len(self.cuts) + 1,
+            pipeline_cuts=self.cuts,
+            use_distributed_optimizer=self.distributed_optimizer,
+        ))
+
+
+def build(config: RunConfig) -> Trainable:
+    engine = engines.build_engine(config, engines.start(config))
+    optimizer = build_optimizer(engine)
+    return Trainable(engine, optimizer, build_scheduler(config, optimizer))
+
+
+def train(trainable: Trainable, steps: range) -> None:
+    """Train on random rows of one document each, all but one with images."""
+    engine, config = trainable.engine, trainable.engine.config
+    groups = engine.groups
+    for step in steps:
+        rows = make_rows(config, [[(40, (3, 20))], [(64, (9,))], [(50, ())], [(60, (0, 30))]], seed=step)
+        grid = [rows[i : i + groups.dp_size] for i in range(0, len(rows), groups.dp_size)]
+        batch = StepBatch(step, layout_of(grid), tuple(ranks[groups.dp_rank] for ranks in grid))
+        agreed = agree(batch, groups)
+        engine.ddp.zero_grad_buffer()
+        trainable.optimizer.zero_grad()
+        engine.forward_backward(agreed.micro_batches, Objective(config.loss, agreed, groups), step)
+        trainable.scheduler.step(1)
+        trainable.optimizer.step()
+
+
+@dataclass(frozen=True)
+class HeldState:
+    """What one rank holds, dp put together."""
+
+    tp_rank: int
+    tensors: dict[str, tuple[np.ndarray, int | None]]
+    """``KIND/NAME`` -> values and the dimension that tp splits."""
+    adam_steps: list[int]
+    counters_are_separate: bool
+    """Whether no two parameters share a step counter, which Adam would count up once for each."""
+    learning_rate: float
+
+
+def held_state(trainable: Trainable) -> HeldState:
+    """Return this rank's weights and optimizer state; collective over dp."""
+    model, tied = trainable.engine.model, trainable.engine.config.language.tie_embeddings
+    tensors, names, dims = {}, {}, {}
+    for name, parameter in model.named_parameters():
+        if tied and name.startswith("language.output_"):
+            name = "language.embedding.word_embeddings.weight"
+        names[parameter] = name
+        dims[name] = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+        tensors[f"weight/{name}"] = _array(parameter), dims[name]
+    counters = []
+    for part in trainable.optimizer.chained_optimizers:
+        for parameter, moments in _moments(part, names):
+            for kind in MOMENTS:
+                tensors[f"{kind}/{names[parameter]}"] = _array(moments[kind]), dims[names[parameter]]
+        counters += [state["step"] for state in part.optimizer.state.values() if "step" in state]
+    return HeldState(
+        trainable.engine.groups.tp_rank,
+        tensors,
+        sorted({int(counter) for counter in counters}),
+        len({counter.data_ptr() for counter in counters}) == len(counters),
+        trainable.optimizer.param_groups[0]["lr"],
+    )
+
+
+def _moments(part: Any, names: dict[torch.nn.Parameter, str]) -> Any:
+    if isinstance(part, DistributedOptimizer):
+        world = part.get_parameter_state_dp_zero(use_gloo_comm=False, return_on_all_ranks=True)
+        for index, buffer in enumerate(part.buffers):
+            (dtype,) = part.gbuf_ranges[index].keys()
+            for parameter, (begin, end, _) in buffer.param_index_map.items():
+                flat = world[index][dtype]
+                yield parameter, {kind: flat[kind][begin:end].view(parameter.shape) for kind in MOMENTS}
+    else:
+        for parameter in names:
+            main = getattr(parameter, "main_param", parameter)
+            yield parameter, {"param": main, **part.optimizer.state[main]}
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    # numpy has no bfloat16; float32 holds it exactly.
+    return tensor.detach().float().numpy().copy()
+
+
+def whole_state(ranks: list[HeldState]) -> dict[str, np.ndarray]:
+    """Return every tensor of the model and its optimizer; what several ranks hold must be the same bits."""
+    parts: dict[str, dict[int, tuple[np.ndarray, int | None]]] = {}
+    for rank in ranks:
+        for name, (values, dim) in rank.tensors.items():
+            by_tp = parts.setdefault(name, {})
+            known = by_tp.setdefault(rank.tp_rank if dim is not None else 0, (values, dim))
+            np.testing.assert_array_equal(values, known[0], err_msg=f"copies of {name} differ")
+    return {
+        name: np.concatenate([by_tp[rank][0] for rank in sorted(by_tp)], axis=by_tp[0][1] or 0)
+        if len(by_tp) > 1 else by_tp[0][0]
+        for name, by_tp in parts.items()
+    }
+
+
+def assert_same_bits(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_array_equal(found[name], values, err_msg=name)
