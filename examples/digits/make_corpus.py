@@ -129,7 +129,7 @@ def compose_document(images: list[tuple[str, int | None]], rng: np.random.Genera
                       "matched_text_index": len(texts) - 1, "matched_sim": round(float(similarity), 4)})
         if digit is not None:
             texts.append(follow_up(digit, rng))
-        texts += [filler(rng) for _ in range(rng.integers(0, 3))]
+        texts += [filler(rng) for _ in range(rng.integers(0, 2))]
     texts.append(closing(rng))
     return {"text_list": texts, "image_info": infos}
 

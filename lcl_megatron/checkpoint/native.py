@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -144,8 +145,7 @@ def load(checkpoint: Path, trainable: Trainable) -> Progress:
     check_architecture(checkpoint, engine.config)
     state = dist_checkpointing.load(_state(trainable, Progress(), is_loading=True), str(checkpoint))
     engine.ddp.module.load_state_dict(_unprefixed(state["model"]), strict=True)
-    model = engine.ddp.module.sharded_state_dict(metadata=_metadata(engine))
-    optimizer_state.load_sharded_state(trainable.optimizer, model, state["optimizer"])
+    optimizer_state.load_sharded_state(trainable.optimizer, _model_state(engine), state["optimizer"])
     trainable.scheduler.load_state_dict(state["scheduler"])
     return Progress(**state["progress"])
 
@@ -153,30 +153,26 @@ def load(checkpoint: Path, trainable: Trainable) -> Progress:
 def load_model(checkpoint: Path, engine: Engine) -> None:
     """Fill only the model from a checkpoint of any layout; collective over all ranks."""
     check_architecture(checkpoint, engine.config)
-    state = {"model": engine.ddp.module.sharded_state_dict(metadata=_metadata(engine))}
-    loaded = dist_checkpointing.load(state, str(checkpoint))
+    loaded = dist_checkpointing.load({"model": _model_state(engine)}, str(checkpoint))
     engine.ddp.module.load_state_dict(_unprefixed(loaded["model"]), strict=True)
 
 
 def _state(trainable: Trainable, progress: Progress, is_loading: bool) -> dict[str, Any]:
-    engine = trainable.engine
-    metadata = _metadata(engine)
-    model = engine.ddp.module.sharded_state_dict(metadata=metadata)
+    model = _model_state(trainable.engine)
     return {
         "model": model,
-        "optimizer": optimizer_state.sharded_state(trainable.optimizer, model, is_loading, metadata),
+        "optimizer": optimizer_state.sharded_state(trainable.optimizer, model, is_loading),
         "scheduler": trainable.scheduler.state_dict(),
         "progress": asdict(progress),
     }
 
 
-def _metadata(engine: Engine) -> dict[str, Any]:
-    """Return megatron-core's sharding options: optimizer state that any layout can read."""
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": False,
-        "dp_cp_group": engine.groups.collection.dp_cp,
-    }
+def _model_state(engine: Engine) -> ShardedStateDict:
+    """Return this rank's part of the model's tensors, named as in the whole model."""
+    state: ShardedStateDict = engine.ddp.module.sharded_state_dict(
+        metadata={"dp_cp_group": engine.groups.collection.dp_cp}
+    )
+    return state
 
 
 def _unprefixed(state: dict[str, Any]) -> dict[str, Any]:

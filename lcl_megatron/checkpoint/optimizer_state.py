@@ -2,9 +2,12 @@
 
 One format for all of megatron-core's optimizers, so that a run may go on with or without ``use_distributed_optimizer``,
 and with torch's or TransformerEngine's Adam. Parameter groups are not stored: the configuration and the schedule make
-them. megatron-core's own format differs between its optimizers; and where Adam is torch's, its distributed optimizer
-(0.16.1) can write it but not read it: before the first step it finds no step count, then it looks for a tensor of that
-name among the moments, and at last it gives all parameters one step counter, which each of them increments.
+them. megatron-core's own formats (0.16.1) differ between its optimizers, and its distributed optimizer's has two faults:
+
+- ``fully_reshardable`` cuts parameters out of a buffer at places that count the padding between the buffer's buckets,
+  though the padding has been left out: behind the first padded bucket, parameters are stored with moments of others.
+- Where Adam is torch's, what was written cannot be read: before the first step there is no step count to be found;
+  then a tensor of that name is sought among the moments; and all parameters get one counter, which each increments.
 """
 
 from __future__ import annotations
@@ -27,9 +30,7 @@ VALUE = "param"
 _KEY = "optimizer.state"
 
 
-def sharded_state(
-    optimizer: MegatronOptimizer, model: ShardedStateDict, is_loading: bool, metadata: dict[str, Any]
-) -> dict[str, Any]:
+def sharded_state(optimizer: MegatronOptimizer, model: ShardedStateDict, is_loading: bool) -> dict[str, Any]:
     """Return the optimizer's part of a distributed checkpoint; collective over dp when saving.
 
     Moments that do not exist yet, before the first step, are made and are zero.
@@ -38,7 +39,6 @@ def sharded_state(
         optimizer: the optimizer of the model.
         model: the model's sharded tensors.
         is_loading: the result will be filled and not written.
-        metadata: megatron-core's sharding options.
     """
     parts = list(_parts(optimizer))
     for part in parts:
@@ -46,7 +46,7 @@ def sharded_state(
     return {
         "step": _step(parts[0].optimizer),
         "tensors": {
-            index: part.sharded_param_state_fully_reshardable(model, is_loading, metadata)
+            index: _gathered_tensors(part, model, is_loading)
             if isinstance(part, DistributedOptimizer)
             else _whole_tensors(part.optimizer, model)
             for index, part in enumerate(parts)
@@ -68,7 +68,7 @@ def load_sharded_state(optimizer: MegatronOptimizer, model: ShardedStateDict, st
             # Its loader wants a value for every entry of Adam's state, and the checkpoint has none for the step.
             for moments in part.optimizer.state.values():
                 moments.pop("step", None)
-            part.load_parameter_state_from_fully_reshardable(tensors)
+            part.load_parameter_state_from_fully_reshardable(dict(enumerate(tensors)))
         else:
             for held, loaded in zip(_whole_tensors(part.optimizer, model), tensors, strict=True):
                 for name, tensor in held.items():
@@ -119,19 +119,48 @@ def _set_step(adam: torch.optim.Optimizer, step: int) -> None:
             group["step"] = step
 
 
+def _gathered_tensors(
+    part: DistributedOptimizer, model: ShardedStateDict, is_loading: bool
+) -> list[dict[str, ShardedTensor]]:
+    """Return the state of an optimizer that holds a slice of each buffer, gathered over dp unless ``is_loading``.
+
+    One entry for each parameter, buffer after buffer, in the order of the buffer.
+    """
+    world = part.get_parameter_state_dp_zero(
+        use_gloo_comm=False, empty_data=is_loading, return_on_all_ranks=True
+    )
+    sharded = {entry.data: entry for entry in _sharded_parameters(model)}
+    state = []
+    for index, buffer in enumerate(part.buffers):
+        (flat,) = world[index].values()
+        lengths = [bucket.numel_unpadded for bucket in buffer.buckets]
+        for parameter, (begin, end, bucket) in buffer.param_index_map.items():
+            # ``flat`` has no padding between buckets; ``begin`` counts it.
+            first = begin - buffer.bucket_indices[bucket][0] + sum(lengths[:bucket])
+            state.append({
+                name: _beside(sharded[parameter], name, flat[name][first : first + end - begin].view(parameter.shape))
+                for name in (VALUE, *MOMENTS)
+            })
+    return state
+
+
 def _whole_tensors(adam: torch.optim.Optimizer, model: ShardedStateDict) -> list[dict[str, ShardedTensor]]:
     """Return the state of an optimizer that holds it whole, one entry for each of the model's parameters."""
-    return [
-        {
-            name: replace(sharded, key=f"{_KEY}.{name}.{sharded.key}", data=tensor, dtype=tensor.dtype)
-            for name, tensor in _held_tensors(adam, sharded.data).items()
-        }
-        for sharded in nested_values(model)
-        if isinstance(sharded, ShardedTensor) and isinstance(sharded.data, nn.Parameter)
-    ]
+    state = []
+    for sharded in _sharded_parameters(model):
+        # In bf16 megatron-core hangs the float32 value, which Adam updates, on the parameter.
+        value: Tensor = getattr(sharded.data, "main_param", sharded.data)
+        tensors = {VALUE: value.detach(), **{name: adam.state[value][name] for name in MOMENTS}}
+        state.append({name: _beside(sharded, name, tensor) for name, tensor in tensors.items()})
+    return state
 
 
-def _held_tensors(adam: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    # In bf16 megatron-core hangs the float32 value, which Adam updates, on the parameter.
-    value: Tensor = getattr(parameter, "main_param", parameter)
-    return {VALUE: value.detach(), **{name: adam.state[value][name] for name in MOMENTS}}
+def _sharded_parameters(model: ShardedStateDict) -> Iterator[ShardedTensor]:
+    for entry in nested_values(model):
+        if isinstance(entry, ShardedTensor) and isinstance(entry.data, nn.Parameter):
+            yield entry
+
+
+def _beside(parameter: ShardedTensor, name: str, tensor: Tensor) -> ShardedTensor:
+    """Return a tensor that is sharded and replicated like a parameter, under a name of its own."""
+    return replace(parameter, key=f"{_KEY}.{name}.{parameter.key}", data=tensor, dtype=tensor.dtype)

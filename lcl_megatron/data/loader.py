@@ -11,7 +11,6 @@ import itertools
 import multiprocessing
 import signal
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
@@ -104,10 +103,8 @@ class StepLoader:
             multiprocessing_context=_start_method() if self._num_workers else None,
             pin_memory=torch.cuda.is_available(),
         )
-        with _sigterm_held():
-            parcels = iter(loader)
         try:
-            for parcel in parcels:
+            for parcel in _start(loader):
                 yield parcel.open()
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
@@ -226,8 +223,7 @@ class _Parcel:
         return PackedBatch(**values | tensors)
 
 
-@contextmanager
-def _sigterm_held() -> Iterator[None]:
+def _start(loader: DataLoader[_Parcel]) -> Iterator[_Parcel]:
     """Start worker processes that SIGTERM does not reach; they inherit the mask and end with the iterator.
 
     A scheduler sends SIGTERM to all processes of a job. The training process then wants to finish its step and save,
@@ -237,7 +233,7 @@ def _sigterm_held() -> Iterator[None]:
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
-        yield
+        return iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

@@ -7,6 +7,7 @@ optimizers, by the dimension that tensor parallelism splits.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ from lcl_megatron.config import (
 from lcl_megatron.data.batch import StepBatch
 from lcl_megatron.parallel import engine as engines
 from lcl_megatron.parallel.agreement import agree
+from lcl_megatron.parallel.groups import ProcessGroups
 from lcl_megatron.training.optimizer import build_optimizer, build_scheduler
 from lcl_megatron.training.step import Objective
 from tests.batches import layout_of, make_rows
@@ -78,7 +80,16 @@ class Layout:
 
 
 def build(config: RunConfig) -> Trainable:
-    engine = engines.build_engine(config, engines.start(config))
+    return _trainable(config, engines.start(config))
+
+
+def build_again(config: RunConfig, other: Trainable) -> Trainable:
+    """Build a second model on the ranks of a first one."""
+    return _trainable(config, other.engine.groups)
+
+
+def _trainable(config: RunConfig, groups: ProcessGroups) -> Trainable:
+    engine = engines.build_engine(config, groups)
     optimizer = build_optimizer(engine)
     return Trainable(engine, optimizer, build_scheduler(config, optimizer))
 
@@ -100,12 +111,25 @@ def train(trainable: Trainable, steps: range) -> None:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """What one rank holds of one tensor."""
+
+    shape: tuple[int, ...]
+    """Shape of the tensor on this tensor-parallel rank."""
+    begin: int
+    """First entry, in the flattened tensor."""
+    values: np.ndarray
+    split_dim: int | None
+    """Dimension that tensor parallelism splits."""
+
+
+@dataclass(frozen=True)
 class HeldState:
-    """What one rank holds, dp put together."""
+    """What one rank holds."""
 
     tp_rank: int
-    tensors: dict[str, tuple[np.ndarray, int | None]]
-    """``KIND/NAME`` -> values and the dimension that tp splits."""
+    pieces: list[tuple[str, Piece]]
+    """By ``KIND/NAME``."""
     adam_steps: list[int]
     counters_are_separate: bool
     """Whether no two parameters share a step counter, which Adam would count up once for each."""
@@ -113,62 +137,72 @@ class HeldState:
 
 
 def held_state(trainable: Trainable) -> HeldState:
-    """Return this rank's weights and optimizer state; collective over dp."""
+    """Return this rank's weights and optimizer state."""
     model, tied = trainable.engine.model, trainable.engine.config.language.tie_embeddings
-    tensors, names, dims = {}, {}, {}
+    pieces, counters = [], []
+    names = {}
     for name, parameter in model.named_parameters():
         if tied and name.startswith("language.output_"):
             name = "language.embedding.word_embeddings.weight"
         names[parameter] = name
-        dims[name] = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
-        tensors[f"weight/{name}"] = _array(parameter), dims[name]
-    counters = []
+        pieces.append((f"weight/{name}", _piece(parameter, 0, parameter)))
     for part in trainable.optimizer.chained_optimizers:
-        for parameter, moments in _moments(part, names):
+        for parameter, begin, moments in _moments(part, names):
             for kind in MOMENTS:
-                tensors[f"{kind}/{names[parameter]}"] = _array(moments[kind]), dims[names[parameter]]
-        counters += [state["step"] for state in part.optimizer.state.values() if "step" in state]
+                values = moments.get(kind, torch.zeros(len(moments["param"].flatten())))
+                pieces.append((f"{kind}/{names[parameter]}", _piece(parameter, begin, values)))
+        counters += [state["step"] for state in part.optimizer.state.values() if state]
     return HeldState(
         trainable.engine.groups.tp_rank,
-        tensors,
+        pieces,
         sorted({int(counter) for counter in counters}),
         len({counter.data_ptr() for counter in counters}) == len(counters),
         trainable.optimizer.param_groups[0]["lr"],
     )
 
 
-def _moments(part: Any, names: dict[torch.nn.Parameter, str]) -> Any:
+def _moments(part: Any, parameters: Iterable[torch.nn.Parameter]) -> Iterator[tuple[torch.nn.Parameter, int, Any]]:
+    """Yield each parameter of which this rank holds optimizer state, where that begins, and the state."""
     if isinstance(part, DistributedOptimizer):
-        world = part.get_parameter_state_dp_zero(use_gloo_comm=False, return_on_all_ranks=True)
-        for index, buffer in enumerate(part.buffers):
-            (dtype,) = part.gbuf_ranges[index].keys()
-            for parameter, (begin, end, _) in buffer.param_index_map.items():
-                flat = world[index][dtype]
-                yield parameter, {kind: flat[kind][begin:end].view(parameter.shape) for kind in MOMENTS}
+        for buckets in part.gbuf_ranges:
+            for bucket in next(iter(buckets.values())):
+                for parameter, ranges in bucket["param_map"].items():
+                    group, order = part.model_param_group_index_map[parameter]
+                    main = part.optimizer.param_groups[group]["params"][order]
+                    yield parameter, ranges["param"].start, {"param": main, **part.optimizer.state[main]}
     else:
-        for parameter in names:
+        for parameter in parameters:
             main = getattr(parameter, "main_param", parameter)
-            yield parameter, {"param": main, **part.optimizer.state[main]}
+            yield parameter, 0, {"param": main, **part.optimizer.state[main]}
 
 
-def _array(tensor: torch.Tensor) -> np.ndarray:
+def _piece(parameter: torch.nn.Parameter, begin: int, values: torch.Tensor) -> Piece:
+    split = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
     # numpy has no bfloat16; float32 holds it exactly.
-    return tensor.detach().float().numpy().copy()
+    return Piece(tuple(parameter.shape), begin, values.detach().float().flatten().numpy().copy(), split)
 
 
 def whole_state(ranks: list[HeldState]) -> dict[str, np.ndarray]:
     """Return every tensor of the model and its optimizer; what several ranks hold must be the same bits."""
-    parts: dict[str, dict[int, tuple[np.ndarray, int | None]]] = {}
+    parts: dict[str, dict[int, np.ndarray]] = {}
+    split_dims: dict[str, int | None] = {}
     for rank in ranks:
-        for name, (values, dim) in rank.tensors.items():
+        for name, piece in rank.pieces:
+            split_dims[name] = piece.split_dim
             by_tp = parts.setdefault(name, {})
-            known = by_tp.setdefault(rank.tp_rank if dim is not None else 0, (values, dim))
-            np.testing.assert_array_equal(values, known[0], err_msg=f"copies of {name} differ")
-    return {
-        name: np.concatenate([by_tp[rank][0] for rank in sorted(by_tp)], axis=by_tp[0][1] or 0)
-        if len(by_tp) > 1 else by_tp[0][0]
+            key = 0 if piece.split_dim is None else rank.tp_rank
+            flat = by_tp.setdefault(key, np.full(piece.shape, np.nan, dtype=np.float32)).reshape(-1)
+            held = flat[piece.begin : piece.begin + len(piece.values)]
+            known = ~np.isnan(held)
+            np.testing.assert_array_equal(held[known], piece.values[known], err_msg=f"copies of {name} differ")
+            held[:] = piece.values
+    whole = {
+        name: np.concatenate([by_tp[rank] for rank in sorted(by_tp)], axis=split_dims[name] or 0)
         for name, by_tp in parts.items()
     }
+    missing = [name for name, values in whole.items() if np.isnan(values).any()]
+    assert not missing, f"no rank holds some entries of {missing}"
+    return whole
 
 
 def assert_same_bits(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:

@@ -1,0 +1,186 @@
+"""Writing, finding and refusing checkpoints. Oracles: the files on disk, and the bits that were in memory when saving."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lcl_megatron.checkpoint import native
+from lcl_megatron.checkpoint.native import CheckpointError, Progress
+from lcl_megatron.config import RunConfig
+from lcl_megatron.config.sources import load_run_config
+from lcl_megatron.parallel import engine as engines
+from tests.checkpoint import runs
+from tests.checkpoint.runs import CONFIG, Layout
+from tests.distributed import run_distributed
+
+ONE = Layout("one").apply(CONFIG)
+RunRanks = Callable[..., list[Any]]
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def _save_steps(rank: int, world_size: int, config: RunConfig, root: Path, steps: range) -> None:
+    trainable = runs.build(config)
+    for step in steps:
+        native.save(root, trainable, Progress(step=step, consumed_rows=4 * step), b"the tokenizer")
+        runs.train(trainable, range(step, step + 1))
+
+
+@pytest.fixture(scope="module")
+def saved(run_saving: RunRanks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the checkpoints of steps 0, 1 and 2."""
+    root = tmp_path_factory.mktemp("runs") / "not" / "there" / "yet"
+    run_saving(_save_steps, 1, ONE, root, range(3))
+    return root
+
+
+def test_saver_without_the_shared_queue_of_these_tests_works(tmp_path: Path) -> None:
+    """With a process of its own for results, as in a real run; two ranks."""
+    run_distributed(_save_steps, 2, Layout("dp2", dp=2).apply(CONFIG), tmp_path, range(1, 2))
+    assert native.find_latest(tmp_path) == tmp_path / "step-00000001"
+
+
+def test_checkpoint_holds_configuration_and_tokenizer_and_nothing_is_left_beside_it(saved: Path) -> None:
+    assert sorted(path.name for path in saved.iterdir()) == [f"step-{step:08d}" for step in range(3)]
+    checkpoint = native.step_folder(saved, 1)
+    assert (checkpoint / native.TOKENIZER_FILE).read_bytes() == b"the tokenizer"
+    assert native.read_config(checkpoint) == ONE
+    assert load_run_config(["--config", str(checkpoint / native.CONFIG_FILE)]) == ONE
+
+
+def test_latest_is_the_highest_complete_step(tmp_path: Path) -> None:
+    assert native.find_latest(tmp_path / "absent") is None
+    assert native.find_latest(tmp_path) is None
+    for name in ("step-00000009", "step-00000010", "step-100000000", ".staging-step-200000000", "step-x", "step-12"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-300000000").write_text("a file, not a folder")
+    assert native.find_latest(tmp_path) == tmp_path / "step-100000000"
+
+
+def test_latest_of_a_checkpoint_is_itself(saved: Path) -> None:
+    assert native.find_latest(saved) == saved / "step-00000002"
+    assert native.find_latest(str(saved / "step-00000001")) == saved / "step-00000001"
+
+
+def _save_over_leftovers(rank: int, world_size: int, root: Path) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    trainable = runs.build(ONE)
+    progress = Progress(step=7)
+    with pytest.raises(TypeError):
+        # Dies when the shards are on disk and the rest is not.
+        native.save(root, trainable, progress, "no bytes")  # type: ignore[arg-type]
+    (staging,) = root.iterdir()
+    (staging / "__9_9.distcp").write_bytes(b"of an earlier layout")
+    assert native.find_latest(root) is None
+    native.save(root, trainable, progress, b"")
+    first = _contents(root)
+    runs.train(trainable, range(1))
+    assert native.save(root, trainable, progress, b"another") == native.step_folder(root, 7)
+    return first, _contents(root)
+
+
+def test_save_replaces_what_a_killed_save_left_and_never_writes_in_place(run_saving: RunRanks, tmp_path: Path) -> None:
+    ((first, second),) = run_saving(_save_over_leftovers, 1, tmp_path)
+    assert {name.split("/")[0] for name in first} == {"step-00000007"}
+    assert "step-00000007/__9_9.distcp" not in first
+    assert second == first
+
+
+def _load_again(rank: int, world_size: int, config: RunConfig, root: Path) -> Any:
+    trainable = runs.build(config)
+    runs.train(trainable, range(3))
+    progress = Progress(step=3, consumed_rows=12, consumed_images=5, data_fingerprint="x")
+    native.save(root, trainable, progress, b"")
+    before = runs.held_state(trainable), trainable.scheduler.state_dict()
+    other = dataclasses.replace(config, training=dataclasses.replace(config.training, seed=5))
+    again = runs.build_again(other, trainable)
+    fresh = runs.held_state(again)
+    assert native.load(native.step_folder(root, 3), again) == progress
+    return before, (runs.held_state(again), again.scheduler.state_dict()), fresh
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "layout",
+    [Layout("one"), Layout("one, whole optimizer", distributed_optimizer=False), Layout("dp2", dp=2),
+     Layout("tp2 x pp2", tp=2, sequence_parallel=True, cuts=("language.1",))],
+    ids=lambda layout: layout.name,
+)
+def test_same_layout_gets_back_the_same_bits(
+    layout: Layout, precision: str, run_saving: RunRanks, tmp_path: Path
+) -> None:
+    config = layout.apply(CONFIG)
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision=precision))
+    for (before, schedule), (after, loaded_schedule), fresh in run_saving(
+        _load_again, layout.world_size, config, tmp_path
+    ):
+        assert loaded_schedule == schedule
+        assert schedule["num_steps"] == 3
+        assert after.adam_steps == before.adam_steps == [3]
+        assert after.learning_rate == before.learning_rate != fresh.learning_rate
+        changed = 0
+        for (name, saved_piece), (_, loaded_piece), (_, fresh_piece) in zip(
+            before.pieces, after.pieces, fresh.pieces, strict=True
+        ):
+            np.testing.assert_array_equal(loaded_piece.values, saved_piece.values, err_msg=name)
+            changed += not np.array_equal(fresh_piece.values, saved_piece.values)
+        assert changed > 0.9 * len(before.pieces)
+
+
+def _refused(rank: int, world_size: int, config: RunConfig, checkpoint: Path) -> list[str]:
+    messages = []
+    trainable = runs.build(config)
+    for load in (lambda: native.load(checkpoint, trainable), lambda: native.load_model(checkpoint, trainable.engine)):
+        with pytest.raises(CheckpointError) as refusal:
+            load()
+        messages.append(str(refusal.value))
+    return messages
+
+
+def test_other_architecture_is_refused_with_every_field_that_differs(saved: Path) -> None:
+    config = dataclasses.replace(
+        ONE,
+        vision=dataclasses.replace(ONE.vision, layer_scale_init=None, drop_path_rate=0.0),
+        language=dataclasses.replace(ONE.language, num_layers=1, activation="gelu"),
+    )
+    (messages,) = run_distributed(_refused, 1, config, saved / "step-00000002")
+    for message in messages:
+        first, *listed, last = message.splitlines()
+        assert first.endswith("step-00000002 holds another architecture than this run:")
+        assert [line.strip() for line in listed] == [
+            "vision.layer_scale: True in the checkpoint, False in this run",
+            "language.num_layers: 2 in the checkpoint, 1 in this run",
+            "language.activation: 'relu' in the checkpoint, 'gelu' in this run",
+        ]
+        assert f"--config {saved / 'step-00000002' / 'run.toml'}" in last
+
+
+def test_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no run\.toml; expected a step-NNNNNNNN folder of a training run"):
+        native.read_config(tmp_path)
+
+
+def _load_model_only(rank: int, world_size: int, config: RunConfig, checkpoint: Path) -> dict[str, np.ndarray]:
+    engine = engines.build_engine(config, engines.start(config))
+    native.load_model(checkpoint, engine)
+    return {name: parameter.detach().numpy() for name, parameter in engine.model.named_parameters()}
+
+
+def test_model_alone_is_loaded_without_an_optimizer(saved: Path) -> None:
+    other = dataclasses.replace(ONE, training=dataclasses.replace(ONE.training, seed=99))
+    (loaded,) = run_distributed(_load_model_only, 1, other, saved / "step-00000000")
+    (initial,) = run_distributed(_initial_weights, 1, ONE)
+    for name, values in initial.items():
+        np.testing.assert_array_equal(loaded[name], values, err_msg=name)
+
+
+def _initial_weights(rank: int, world_size: int, config: RunConfig) -> dict[str, np.ndarray]:
+    engine = engines.build_engine(config, engines.start(config))
+    return {name: parameter.detach().numpy() for name, parameter in engine.model.named_parameters()}
