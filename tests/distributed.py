@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import multiprocessing
 import os
 import pickle
@@ -94,6 +95,8 @@ def _rank_main(connection: Connection, fn: Callable[..., Any], rank: int, world_
                store: Path, timeout: float) -> None:
     """Body of a rank; never returns, so that nothing of the parent's (pytest's) runs at exit."""
     os.setpgid(0, 0)
+    # The parent's garbage is not collected here: to destroy a process group is to wait for threads that it has there.
+    gc.freeze()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the parent, whatever kills it
     torch.set_num_threads(1)

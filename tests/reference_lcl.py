@@ -1,4 +1,4 @@
-"""The released LCL model again, in plain torch and under its own parameter names, as an oracle for the ``official`` recipe.
+"""The released LCL model again, in plain torch and under its own parameter names: an oracle for the ``official`` recipe.
 
 Shares no code with the package: ``nn.Conv2d``, ``nn.MultiheadAttention``, a mask for causality, one document per row,
 whole logits, whole similarity matrix. ``record_case`` writes a forward and a backward pass of it in the format of the
@@ -52,9 +52,9 @@ class Block(nn.Module):
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.mlp = nn.Sequential(OrderedDict(
-            c_fc=nn.Linear(width, 4 * width), gelu=nn.GELU(), c_proj=nn.Linear(4 * width, width)
-        ))
+        self.mlp = nn.Sequential(
+            OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=nn.GELU(), c_proj=nn.Linear(4 * width, width))
+        )
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         y = self.ln_1(x)
@@ -228,10 +228,20 @@ def record_case(folder: Path, name: str, sizes: Sizes, rows: list[tuple[int, ...
         tensors |= {f"weight.{key}": parameter.detach(), f"grad.{key}": parameter.grad}
     description = {
         "config": {
-            "vision": {"image_size": sizes.image_size, "patch_size": sizes.patch_size, "width": sizes.vision_width,
-                       "layers": sizes.vision_layers, "head_width": sizes.vision_head_width},
-            "text": {"context_length": sizes.context_length, "vocab_size": sizes.vocab_size,
-                     "width": sizes.text_width, "heads": sizes.text_heads, "layers": sizes.text_layers},
+            "vision": {
+                "image_size": sizes.image_size,
+                "patch_size": sizes.patch_size,
+                "width": sizes.vision_width,
+                "layers": sizes.vision_layers,
+                "head_width": sizes.vision_head_width,
+            },
+            "text": {
+                "context_length": sizes.context_length,
+                "vocab_size": sizes.vocab_size,
+                "width": sizes.text_width,
+                "heads": sizes.text_heads,
+                "layers": sizes.text_layers,
+            },
             "heads": sizes.pool_heads,
         },
         "special_token_ids": sizes.special,

@@ -30,6 +30,9 @@ from sklearn.datasets import load_digits
 IMAGE_SIZE = 48
 NUM_PRETRAIN, NUM_PROBE_TRAIN = 1100, 300
 """Scans of each split; the remaining 397 are the test split."""
+IMAGES_PER_DOCUMENT = (0.45, 0.3, 0.15, 0.07, 0.02, 0.01)
+"""Shares of documents with 1, 2, ... images. Many have one: where only one name has been read, a language model that
+still averages over its context knows it, and the contrast has something to begin with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +138,7 @@ def compose_document(images: list[tuple[str, int | None]], rng: np.random.Genera
 
 
 def compose_documents(config: DigitsConfig, rows: list[tuple[str, str, int]], folder: Path) -> list[dict[str, object]]:
-    """Deal the pretrain drawings, and junk among them, to documents of 1 to 6 images."""
+    """Deal the pretrain drawings, and junk among them, to documents."""
     rng = np.random.default_rng([config.seed, 2])
     pool: list[tuple[str, int | None]] = [(name, label) for name, split, label in rows if split == "pretrain"]
     documents = []
@@ -147,7 +150,7 @@ def compose_documents(config: DigitsConfig, rows: list[tuple[str, str, int]], fo
             deck.append((name, None))
         deck = [deck[index] for index in rng.permutation(len(deck))]
         while deck:
-            count = int(rng.integers(1, 7))
+            count = int(rng.choice(len(IMAGES_PER_DOCUMENT), p=IMAGES_PER_DOCUMENT)) + 1
             documents.append(compose_document(deck[:count], rng))
             deck = deck[count:]
     return documents

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-ANNOUNCED = 0.9
+ANNOUNCED = 0.95
 """Share of announcements that name the digit; the others leave it open, as real text does."""
-CAPTIONED = 0.6
+CAPTIONED = 0.9
 """Share of captions, and of sentences that refer back, that name the digit."""
-SPELLED = 0.8
+SPELLED = 0.9
 """Share of names that are words (``seven``); the others are numerals (``7``)."""
 
 # Sentences are short so that the name is a good part of what a small language model has read before an image:

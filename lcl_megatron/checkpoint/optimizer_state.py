@@ -126,9 +126,7 @@ def _gathered_tensors(
 
     One entry for each parameter, buffer after buffer, in the order of the buffer.
     """
-    world = part.get_parameter_state_dp_zero(
-        use_gloo_comm=False, empty_data=is_loading, return_on_all_ranks=True
-    )
+    world = part.get_parameter_state_dp_zero(use_gloo_comm=False, empty_data=is_loading, return_on_all_ranks=True)
     sharded = {entry.data: entry for entry in _sharded_parameters(model)}
     state = []
     for index, buffer in enumerate(part.buffers):
@@ -137,10 +135,14 @@ def _gathered_tensors(
         for parameter, (begin, end, bucket) in buffer.param_index_map.items():
             # ``flat`` has no padding between buckets; ``begin`` counts it.
             first = begin - buffer.bucket_indices[bucket][0] + sum(lengths[:bucket])
-            state.append({
-                name: _beside(sharded[parameter], name, flat[name][first : first + end - begin].view(parameter.shape))
-                for name in (VALUE, *MOMENTS)
-            })
+            state.append(
+                {
+                    name: _beside(
+                        sharded[parameter], name, flat[name][first : first + end - begin].view(parameter.shape)
+                    )
+                    for name in (VALUE, *MOMENTS)
+                }
+            )
     return state
 
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
@@ -101,16 +104,18 @@ class StepLoader:
             num_workers=self._num_workers,
             prefetch_factor=self._prefetch_factor,
             multiprocessing_context=_start_method() if self._num_workers else None,
+            worker_init_fn=partial(_obey_only, os.getpid()) if hasattr(signal, "sigwaitinfo") else None,
             pin_memory=torch.cuda.is_available(),
         )
         try:
             for parcel in _start(loader):
                 yield parcel.open()
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
+        except (RuntimeError, EOFError, ConnectionError) as error:
+            # The last two: it died while its step was being handed over.
+            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
                 raise
             raise RuntimeError(
-                f"a loader process died ({error}); often the machine ran out of memory: lower --num-workers or "
+                f"a loader process died ({error!r}); often the machine ran out of memory: lower --num-workers or "
                 "--prefetch-factor, or find its own message above"
             ) from error
 
@@ -224,18 +229,32 @@ class _Parcel:
 
 
 def _start(loader: DataLoader[_Parcel]) -> Iterator[_Parcel]:
-    """Start worker processes that SIGTERM does not reach; they inherit the mask and end with the iterator.
+    """Start the worker processes; of all SIGTERMs they obey only this process's.
 
     A scheduler sends SIGTERM to all processes of a job. The training process then wants to finish its step and save,
     which it could not if its loader were gone.
     """
-    # Starting the tracker, which the first worker would do, lifts the mask.
+    if not (loader.num_workers and hasattr(signal, "sigwaitinfo")):
+        return iter(loader)
+    # Workers, and the server that forks them, inherit the mask. Starting the tracker, which the first worker would
+    # do, lifts it.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         return iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _obey_only(pid: int, worker: int) -> None:
+    """End this worker when the process ``pid`` says so; runs in the worker, which has SIGTERM masked."""
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != pid:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _start_method() -> str:

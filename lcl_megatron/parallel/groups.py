@@ -104,6 +104,8 @@ class ProcessGroups:
     def destroy(self) -> None:
         """Leave all groups; end ``torch.distributed`` if ``initialize`` started it."""
         parallel_state.destroy_model_parallel()
+        # megatron-core 0.16.1 keeps this one; a process forked later would hang when it replaces, so destroys it.
+        parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP = None
         if self.owns_default_group:
             dist.destroy_process_group()
 

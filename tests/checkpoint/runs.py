@@ -37,18 +37,30 @@ from tests.batches import layout_of, make_rows
 
 CONFIG = RunConfig(
     vision=VisionConfig(
-        image_size=16, patch_size=8, num_layers=2, hidden_size=16, ffn_hidden_size=32, num_attention_heads=2,
-        layer_scale_init=0.5, drop_path_rate=0.3,
+        image_size=16,
+        patch_size=8,
+        num_layers=2,
+        hidden_size=16,
+        ffn_hidden_size=32,
+        num_attention_heads=2,
+        layer_scale_init=0.5,
+        drop_path_rate=0.3,
     ),
     pool=PoolConfig(num_attention_heads=2),
     language=LanguageConfig(
-        num_layers=2, hidden_size=24, ffn_hidden_size=32, num_attention_heads=2, vocab_size=60,
-        max_position_embeddings=64, make_vocab_size_divisible_by=16,
+        num_layers=2,
+        hidden_size=24,
+        ffn_hidden_size=32,
+        num_attention_heads=2,
+        vocab_size=60,
+        max_position_embeddings=64,
+        make_vocab_size_divisible_by=16,
     ),
     loss=LossConfig(contrastive_loss_weight=1.0),
     data=DataConfig(seq_length=64, packing_window=16, num_workers=0),
-    training=TrainingConfig(train_iters=4, global_batch_size=4, micro_batch_size=1, precision="fp32",
-                            transformer_impl="torch"),
+    training=TrainingConfig(
+        train_iters=4, global_batch_size=4, micro_batch_size=1, precision="fp32", transformer_impl="torch"
+    ),
     optimizer=OptimizerConfig(lr=0.01, lr_warmup_iters=1),
 )
 MOMENTS = ("param", "exp_avg", "exp_avg_sq")
@@ -70,13 +82,16 @@ class Layout:
         return self.dp * self.tp * (len(self.cuts) + 1)
 
     def apply(self, config: RunConfig) -> RunConfig:
-        return dataclasses.replace(config, parallel=ParallelConfig(
-            tensor_model_parallel_size=self.tp,
-            sequence_parallel=self.sequence_parallel,
-            pipeline_model_parallel_size=len(self.cuts) + 1,
-            pipeline_cuts=self.cuts,
-            use_distributed_optimizer=self.distributed_optimizer,
-        ))
+        return dataclasses.replace(
+            config,
+            parallel=ParallelConfig(
+                tensor_model_parallel_size=self.tp,
+                sequence_parallel=self.sequence_parallel,
+                pipeline_model_parallel_size=len(self.cuts) + 1,
+                pipeline_cuts=self.cuts,
+                use_distributed_optimizer=self.distributed_optimizer,
+            ),
+        )
 
 
 def build(config: RunConfig) -> Trainable:

@@ -109,8 +109,12 @@ def _load_again(rank: int, world_size: int, config: RunConfig, root: Path) -> An
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "layout",
-    [Layout("one"), Layout("one, whole optimizer", distributed_optimizer=False), Layout("dp2", dp=2),
-     Layout("tp2 x pp2", tp=2, sequence_parallel=True, cuts=("language.1",))],
+    [
+        Layout("one"),
+        Layout("one, whole optimizer", distributed_optimizer=False),
+        Layout("dp2", dp=2),
+        Layout("tp2 x pp2", tp=2, sequence_parallel=True, cuts=("language.1",)),
+    ],
     ids=lambda layout: layout.name,
 )
 def test_same_layout_gets_back_the_same_bits(

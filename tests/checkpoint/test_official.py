@@ -16,16 +16,26 @@ SIZES = Sizes()
 def config() -> RunConfig:
     return RunConfig(
         vision=VisionConfig(
-            image_size=SIZES.image_size, patch_size=SIZES.patch_size, num_layers=SIZES.vision_layers,
-            hidden_size=SIZES.vision_width, ffn_hidden_size=4 * SIZES.vision_width,
-            num_attention_heads=SIZES.vision_width // SIZES.vision_head_width, layer_scale_init=None,
+            image_size=SIZES.image_size,
+            patch_size=SIZES.patch_size,
+            num_layers=SIZES.vision_layers,
+            hidden_size=SIZES.vision_width,
+            ffn_hidden_size=4 * SIZES.vision_width,
+            num_attention_heads=SIZES.vision_width // SIZES.vision_head_width,
+            layer_scale_init=None,
             drop_path_rate=0.0,
         ),
         pool=PoolConfig(num_attention_heads=SIZES.pool_heads),
         language=LanguageConfig(
-            num_layers=SIZES.text_layers, hidden_size=SIZES.text_width, ffn_hidden_size=4 * SIZES.text_width,
-            num_attention_heads=SIZES.text_heads, vocab_size=SIZES.vocab_size, activation="gelu",
-            max_position_embeddings=SIZES.context_length, tie_embeddings=False, context_bias=False,
+            num_layers=SIZES.text_layers,
+            hidden_size=SIZES.text_width,
+            ffn_hidden_size=4 * SIZES.text_width,
+            num_attention_heads=SIZES.text_heads,
+            vocab_size=SIZES.vocab_size,
+            activation="gelu",
+            max_position_embeddings=SIZES.context_length,
+            tie_embeddings=False,
+            context_bias=False,
             make_vocab_size_divisible_by=1,
         ),
     )
@@ -58,8 +68,9 @@ def test_conversion_loses_and_invents_no_entry(config: RunConfig, official) -> N
 def test_qkv_rows_stand_where_each_layout_wants_them() -> None:
     heads, width = 3, 2
     # Row (part, head, d) of the stacked layout says so in its digits.
-    stacked = torch.tensor([100 * part + 10 * head + d for part in range(3) for head in range(heads)
-                            for d in range(width)])
+    stacked = torch.tensor(
+        [100 * part + 10 * head + d for part in range(3) for head in range(heads) for d in range(width)]
+    )
     by_head = [100 * part + 10 * head + d for head in range(heads) for part in range(3) for d in range(width)]
     assert interleave_qkv(stacked, heads).tolist() == by_head
     assert torch.equal(split_qkv(interleave_qkv(stacked, heads), heads), stacked)
@@ -77,7 +88,10 @@ def test_missing_and_unknown_names_are_listed(config: RunConfig, official) -> No
 
 
 def test_state_of_a_model_with_more_layers_is_refused(config: RunConfig, official) -> None:
-    official |= {name.replace("blocks.1.", "blocks.2."): tensor for name, tensor in official.items()
-                 if name.startswith("text.transformer.resblocks.1.")}
+    official |= {
+        name.replace("blocks.1.", "blocks.2."): tensor
+        for name, tensor in official.items()
+        if name.startswith("text.transformer.resblocks.1.")
+    }
     with pytest.raises(ValueError, match=r"lacks nothing and has unknown \['text\.transformer\.resblocks\.2\."):
         from_official(official, config)

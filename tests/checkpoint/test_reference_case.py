@@ -23,8 +23,19 @@ CASES = {
     "interleaved": (Sizes(), [(4, 0, 7), (0, 9), (3, 0, 2, 0, 5), (0, 0, 6), (2, 0)]),
     # One layer each, one head, a single patch row, no image at the row's begin.
     "small": (
-        Sizes(image_size=8, patch_size=4, vision_width=16, vision_layers=1, vision_head_width=16, text_width=24,
-              text_layers=1, text_heads=1, pool_heads=1, vocab_size=33, context_length=40),
+        Sizes(
+            image_size=8,
+            patch_size=4,
+            vision_width=16,
+            vision_layers=1,
+            vision_head_width=16,
+            text_width=24,
+            text_layers=1,
+            text_heads=1,
+            pool_heads=1,
+            vocab_size=33,
+            context_length=40,
+        ),
         [(5, 0, 1), (1, 0, 12), (2, 0, 3)],
     ),
 }
@@ -50,11 +61,21 @@ def test_reference_model_equals_recorded_pass_of_the_released_code(name: str) ->
         pytest.skip(f"no recorded case at {path}; set LCL_SHARED_GOLDEN to the folder that holds them")
     case = ReferenceCase.load(path)
     vision, text = case.description["config"]["vision"], case.description["config"]["text"]
-    model = ReferenceLCL(Sizes(
-        vision["image_size"], vision["patch_size"], vision["width"], vision["layers"], vision["head_width"],
-        text["width"], text["layers"], text["heads"], case.description["config"]["heads"], text["vocab_size"],
-        text["context_length"],
-    ))
+    model = ReferenceLCL(
+        Sizes(
+            vision["image_size"],
+            vision["patch_size"],
+            vision["width"],
+            vision["layers"],
+            vision["head_width"],
+            text["width"],
+            text["layers"],
+            text["heads"],
+            case.description["config"]["heads"],
+            text["vocab_size"],
+            text["context_length"],
+        )
+    )
     assert model.sizes.special == case.description["special_token_ids"]
     model.load_state_dict(case.group("weight"), strict=True)
     outputs = model(case.tensors["input.images"], case.tensors["input.tokens"])

@@ -78,7 +78,9 @@ def saved(run_saving: Callable[..., list[Any]], tmp_path_factory: pytest.TempPat
     return get
 
 
-@pytest.mark.parametrize(("model", "source", "target"), CROSSINGS, ids=[f"{m}: {s.name} -> {t.name}" for m, s, t in CROSSINGS])
+@pytest.mark.parametrize(
+    ("model", "source", "target"), CROSSINGS, ids=[f"{m}: {s.name} -> {t.name}" for m, s, t in CROSSINGS]
+)
 def test_loaded_tensors_equal_saved_ones(
     model: str, source: Layout, target: Layout, saved: Callable[..., Any], run_saving: Callable[..., list[Any]]
 ) -> None:

@@ -34,8 +34,8 @@ TP2 = Layout("tp2, sequence parallel", tp=2, sequence_parallel=True)
 DP2_PLAIN = Layout("dp2, whole optimizer", dp=2, distributed_optimizer=False)
 
 RunRanks = Callable[..., list[Any]]
-Rows = dict[int, list[tuple[tuple[int, ...], tuple[int, ...]]]]
-"""Step -> tokens and image keys of this rank's rows."""
+Rows = dict[int, tuple[list[tuple[int, ...]], list[int]]]
+"""Step -> tokens of this rank's rows, and keys of their images."""
 
 
 @dataclass(frozen=True)
@@ -53,18 +53,19 @@ def _config(layout: Layout, corpus: Path, precision: str = "fp32") -> RunConfig:
         layout.apply(CONFIG),
         language=dataclasses.replace(CONFIG.language, vocab_size=0),
         data=dataclasses.replace(CONFIG.data, data_path=str(corpus)),
-        training=dataclasses.replace(CONFIG.training, train_iters=WHOLE, micro_batch_size=2 // layout.dp,
-                                     precision=precision),
+        training=dataclasses.replace(
+            CONFIG.training, train_iters=WHOLE, micro_batch_size=2 // layout.dp, precision=precision
+        ),
     )
 
 
 def _run(rank: int, world_size: int, config: RunConfig) -> Outcome:
     with run_from(config) as run:
         rows = {
-            batch.step: [
-                (tuple(tokens.tolist()), tuple(micro_batch.image_keys.tolist()))
-                for micro_batch in batch.micro_batches for tokens in micro_batch.tokens
-            ]
+            batch.step: (
+                [tuple(tokens.tolist()) for micro_batch in batch.micro_batches for tokens in micro_batch.tokens],
+                [key for micro_batch in batch.micro_batches for key in micro_batch.image_keys.tolist()],
+            )
             for batch in run.loader
         }
         train(run)
@@ -84,7 +85,7 @@ def uninterrupted(
             config = dataclasses.replace(
                 _config(layout, corpus_path, precision),
                 checkpoint=CheckpointConfig(save=str(folder), save_interval=HALF),
-                logging=LoggingConfig(log_interval=1, log_dir=str(folder / "log")),
+                logging=LoggingConfig(log_interval=1, log_dir=str(folder / "log") if layout == ONE else ""),
             )
             known[layout, precision] = folder, run_saving(_run, layout.world_size, config)
         return known[layout, precision]
@@ -98,9 +99,10 @@ def _losses(log_dir: Path) -> dict[int, tuple[float, float]]:
     return {int(step): (x, y) for step, x, y in zip(generation[0], generation[1], contrastive[1], strict=True)}
 
 
-def _all_rows(outcomes: list[Outcome]) -> dict[int, set[Any]]:
+def _all_rows(outcomes: list[Outcome]) -> dict[int, list[set[Any]]]:
+    """Return what all ranks read in each step: rows, and keys of images."""
     steps = outcomes[0].rows.keys()
-    return {step: {row for outcome in outcomes for row in outcome.rows[step]} for step in steps}
+    return {step: [{x for o in outcomes for x in o.rows[step][kind]} for kind in (0, 1)] for step in steps}
 
 
 def _assert_same_end(resumed: list[Outcome], expected: list[Outcome]) -> None:
@@ -173,7 +175,8 @@ def test_the_compared_runs_learn_and_read_different_rows(uninterrupted: Callable
     losses = _losses(folder / "log")
     assert len({values[0] for values in losses.values()}) == WHOLE
     assert all(values[1] > 0.1 for values in losses.values())
-    assert len({row for rows in outcome.rows.values() for row in rows}) == WHOLE * CONFIG.training.global_batch_size
+    rows = {row for rows, _ in outcome.rows.values() for row in rows}
+    assert len(rows) == WHOLE * CONFIG.training.global_batch_size
 
 
 def _refused(rank: int, world_size: int, config: RunConfig) -> str:

@@ -1,4 +1,4 @@
-"""Small runs for tests of training: an MMC4 folder made on the spot, the real preprocessing, a model of milliseconds."""
+"""Small runs for tests: an MMC4 folder made on the spot, the real preprocessing, a model of milliseconds."""
 
 from __future__ import annotations
 

@@ -7,8 +7,6 @@ The text before an image belongs to it alone, so retrieval at chance (1/32) or p
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from tests.training.small_runs import DataFolder, redundant_document, small_config, train_and_read

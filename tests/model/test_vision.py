@@ -1,0 +1,132 @@
+"""The vision tower. Oracle: an independent Vision Transformer in plain torch (strided convolution, explicit attention,
+one image at a time) on the same parameters, forward and backward.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lcl_megatron.config import VisionConfig
+from lcl_megatron.config.image import BLANK_PIXEL, CLIP_MEAN, CLIP_STD
+from lcl_megatron.model.drop_path import DropPath
+from lcl_megatron.model.specs import Runtime
+from lcl_megatron.model.vision import VisionTower, normalize_images
+from tests.model import plain
+
+VISION = VisionConfig(
+    image_size=12,
+    patch_size=4,
+    num_layers=3,
+    hidden_size=24,
+    ffn_hidden_size=40,
+    num_attention_heads=3,
+    drop_path_rate=0.6,
+)
+VARIANTS = {
+    "paper": VISION,
+    "no class token": dataclasses.replace(VISION, class_token=False),
+    "no LayerScale": dataclasses.replace(VISION, layer_scale_init=None),
+    "one layer, one head": dataclasses.replace(VISION, num_layers=1, num_attention_heads=1, layernorm_epsilon=1e-2),
+}
+
+
+def _plain_vit(tower: VisionTower, image: Tensor, keep: list[tuple[float, float]]) -> Tensor:
+    """Return features (P, C) of one normalised image (3, H, W)."""
+    vision, state = tower.vision, plain.state_of(tower)
+    eps = vision.layernorm_epsilon
+    x = F.conv2d(image[None], state["embedding.weight"], stride=vision.patch_size)[0].flatten(1).T
+    if vision.class_token:
+        x = torch.cat([state["embedding.class_token"][None], x])
+    x = plain.layernorm(state, "embedding.layernorm", x + state["embedding.position_embeddings"], eps)
+    for index, layer in enumerate(plain.layer_states(state, vision.num_layers)):
+        x = plain.layer(layer, x, vision.num_attention_heads, causal=False, keep=keep[index], eps=eps)
+    x = plain.layernorm(state, "final_layernorm", x, eps)
+    return x[1:] if vision.class_token else x
+
+
+def _tower(vision: VisionConfig, runtime: Runtime) -> VisionTower:
+    tower = VisionTower(vision, runtime)
+    plain.randomize(tower, seed=3)
+    return tower
+
+
+@pytest.mark.parametrize("vision", VARIANTS.values(), ids=VARIANTS)
+def test_features_and_gradients_equal_a_plain_vit(
+    vision: VisionConfig, runtime: Runtime, generator: torch.Generator
+) -> None:
+    tower = _tower(vision, runtime)
+    images = torch.randn(4, 3, 12, 12, generator=generator)
+    found = tower(images)
+    expected = torch.stack([_plain_vit(tower, image, [(1.0, 1.0)] * vision.num_layers) for image in images])
+    assert found.shape == (4, vision.num_patches, vision.hidden_size)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    direction = torch.randn(expected.shape, generator=generator)
+    _assert_same_gradients(tower, found, expected, direction)
+
+
+def test_drop_path_removes_the_branches_of_the_dropped_images_only(
+    runtime: Runtime, generator: torch.Generator
+) -> None:
+    tower = _tower(VISION, runtime)
+    images = torch.randn(6, 3, 12, 12, generator=generator)
+    keys = torch.tensor([5, 6, 7, 8, 9, 10])
+    drop_path = DropPath(VISION.drop_path_rate, VISION.num_layers, seed=1, step=4)
+    found = tower.finish(tower.encode(tower.embed(images), keys, drop_path), len(images))
+    keep = [[drop_path.keep(keys, layer, branch) for branch in (0, 1)] for layer in range(VISION.num_layers)]
+    per_image = [
+        [tuple(1.0 if mask is None else float(mask[n]) for mask in masks) for masks in keep] for n in range(len(keys))
+    ]
+    assert len(set(map(tuple, per_image))) > 3, "the masks of the images should differ"
+    expected = torch.stack([_plain_vit(tower, image, k) for image, k in zip(images, per_image, strict=True)])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    _assert_same_gradients(tower, found, expected, torch.randn(expected.shape, generator=generator))
+
+
+def test_evaluation_drops_nothing(runtime: Runtime, generator: torch.Generator) -> None:
+    images = torch.randn(2, 3, 12, 12, generator=generator)
+    tower = _tower(VISION, runtime)
+    without = _tower(dataclasses.replace(VISION, drop_path_rate=0.0), runtime)
+    assert torch.equal(tower(images), without(images))
+
+
+def test_images_do_not_see_each_other(runtime: Runtime, generator: torch.Generator) -> None:
+    tower, images = _tower(VISION, runtime), torch.randn(3, 3, 12, 12, generator=generator)
+    together = tower(images)
+    for index in range(3):
+        torch.testing.assert_close(together[index], tower(images[index : index + 1])[0], rtol=1e-5, atol=1e-6)
+
+
+def test_bytes_are_normalised_as_openclip_does_and_floats_are_left_alone() -> None:
+    pixels = torch.randint(0, 256, (2, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    found = normalize_images(pixels, torch.float32)
+    for channel in range(3):
+        expected = (pixels[:, channel].double() / 255 - CLIP_MEAN[channel]) / CLIP_STD[channel]
+        torch.testing.assert_close(found[:, channel].double(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(normalize_images(found, torch.float32), found)
+    assert normalize_images(pixels, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_blank_pixel_is_zero_to_within_half_a_step() -> None:
+    blank = torch.tensor(BLANK_PIXEL, dtype=torch.uint8).view(1, 3, 1, 1)
+    steps = normalize_images(blank, torch.float32).flatten() * torch.tensor(CLIP_STD) * 255
+    assert steps.abs().max() <= 0.5
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 12, 16), (2, 1, 12, 12), (2, 3, 8, 8)])
+def test_images_of_another_size_are_refused(shape: tuple[int, ...], runtime: Runtime) -> None:
+    with pytest.raises(ValueError, match=r"images of shape \(2, .*\); expected \(N, 3, 12, 12\)"):
+        _tower(VISION, runtime)(torch.zeros(shape))
+
+
+def _assert_same_gradients(tower: VisionTower, found: Tensor, expected: Tensor, direction: Tensor) -> None:
+    parameters = dict(tower.named_parameters())
+    ours, theirs = (
+        dict(zip(parameters, torch.autograd.grad(output, list(parameters.values()), direction), strict=True))
+        for output in (found, expected)
+    )
+    plain.assert_same_gradients(ours, theirs, tolerance=1e-4)

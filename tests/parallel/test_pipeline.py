@@ -1,0 +1,214 @@
+"""Stages and what travels between them. Oracles: the whole model; counts by hand for shapes and embedding ranks.
+
+The stages run one after the other in this process; on ranks, with the real transfers, they run in ``test_layouts.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from lcl_megatron.config import ConfigError, ParallelConfig, RunConfig
+from lcl_megatron.data.batch import PackedBatch
+from lcl_megatron.model.initialization import initialize_weights
+from lcl_megatron.model.lcl import Activations, LCLModel, LCLOutput
+from lcl_megatron.model.line import cut_line, line_of_pieces
+from lcl_megatron.model.specs import Runtime, language_transformer_config
+from lcl_megatron.parallel.groups import initialize
+from lcl_megatron.parallel.pipeline import (
+    PipelineStage,
+    PlannedP2PCommunicator,
+    boundary_shape,
+    embedding_ranks,
+    pack,
+    unpack,
+)
+from tests.batches import Document, make_rows, merge
+
+TIED = "language.embedding.word_embeddings.weight"
+BATCHES: dict[str, list[list[Document]]] = {
+    "images": [[(30, (3, 12)), (34, (0,))], [(50, (2,))]],
+    "no image": [[(30, ())], [(64, ())]],
+}
+CUTS = [
+    ("vision.0",),
+    ("vision.1",),
+    ("pool",),
+    ("language.embed",),
+    ("language.0",),
+    ("language.1",),
+    ("heads",),
+    ("vision.1", "pool", "language.embed", "heads"),
+]
+
+
+@pytest.fixture
+def runtime() -> Iterator[Runtime]:
+    groups = initialize(ParallelConfig(), lambda pipeline: pipeline[:1])
+    yield Runtime(collection=groups.collection)
+    groups.destroy()
+
+
+@pytest.fixture
+def config(tiny_run: RunConfig) -> RunConfig:
+    return dataclasses.replace(tiny_run, vision=dataclasses.replace(tiny_run.vision, drop_path_rate=0.5))
+
+
+def _loss(output: LCLOutput) -> Tensor:
+    return output.token_losses_K.sum() + output.pooled_ND.square().sum() + output.context_ND.sum() * output.logit_scale
+
+
+def _cut(config: RunConfig, cuts: tuple[str, ...]) -> RunConfig:
+    parallel = ParallelConfig(pipeline_model_parallel_size=len(cuts) + 1, pipeline_cuts=cuts)
+    return dataclasses.replace(config, parallel=parallel)
+
+
+def _enlarge(model: LCLModel) -> None:
+    """Initial weights are so small that most of the model would hardly matter."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3.0)
+
+
+@pytest.mark.parametrize("rows", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize("cuts", CUTS, ids="+".join)
+def test_stages_in_a_row_equal_the_whole_model(
+    cuts: tuple[str, ...], rows: list[list[Document]], config: RunConfig, runtime: Runtime
+) -> None:
+    batch = merge(make_rows(config, rows))
+    whole = LCLModel(config, runtime)
+    initialize_weights(whole, seed=1)
+    _enlarge(whole)
+    expected = whole(batch, step=6)
+    _loss(expected).backward()
+
+    config = _cut(config, cuts)
+    stages = cut_line(config)
+    schedule = language_transformer_config(config.language, runtime)
+    models, gradients = [], []
+    travelling = None
+    for stage in stages:
+        module = PipelineStage(config, stage, runtime, schedule)
+        initialize_weights(module.model, seed=1)
+        _enlarge(module.model)
+        models.append(module.model)
+        if travelling is not None:
+            assert tuple(travelling.shape) == boundary_shape(stage.first_piece, config, batch.num_images)
+            module.set_input_tensor([travelling])
+        # Stages that do not see pixels must not need them.
+        seen = batch if stage.is_first else dataclasses.replace(batch, images=None)
+        travelling = module(seen, 6)
+    for name in ("token_losses_K", "pooled_ND", "context_ND", "logit_scale"):
+        torch.testing.assert_close(getattr(travelling, name), getattr(expected, name), rtol=1e-5, atol=1e-6)
+    _loss(travelling).backward()
+
+    found: dict[str, Tensor] = {}
+    for model in models:
+        for name, parameter in model.named_parameters():
+            # The copy of the tied matrix on the last stage: the embedding group sums both gradients.
+            name = TIED if getattr(parameter, "shared", False) else name
+            gradients.append(name)
+            found[name] = found.get(name, 0) + parameter.grad
+    assert found.keys() == {name for name, _ in whole.named_parameters()}
+    for name, parameter in whole.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("piece", ["vision.1", "pool", "language.embed", "language.0", "heads"])
+@pytest.mark.parametrize("num_images", [0, 1, 3])
+def test_unpacking_undoes_packing_and_shapes_are_as_planned(piece: str, num_images: int, tiny_run: RunConfig) -> None:
+    slots, patches, width = max(1, num_images), 4, 32
+    pooled = torch.randn(slots, width)
+    sent = {
+        "vision": Activations(patches_T1C=torch.randn(slots * 5, 1, width)),
+        "embed": Activations(latents_NLH=torch.randn(slots, patches, width), pooled_ND=pooled),
+        "language": Activations(hidden_T1H=torch.randn(2 * 64, 1, width), pooled_ND=pooled),
+    }[{"vision.1": "vision", "pool": "vision", "language.embed": "embed"}.get(piece, "language")]
+    tensor = pack(sent)
+    assert tuple(tensor.shape) == boundary_shape(piece, tiny_run, num_images)
+    received = unpack(tensor, piece, slots)
+    for field in dataclasses.fields(Activations):
+        before, after = getattr(sent, field.name), getattr(received, field.name)
+        assert (before is None) == (after is None), field.name
+        if before is not None:
+            assert torch.equal(before, after)
+
+
+def test_shapes_under_sequence_parallelism_are_one_ranks_part(tiny_run: RunConfig) -> None:
+    """Two rows of 64 tokens, images of 5 vision tokens and 4 latents, over 4 ranks."""
+    config = dataclasses.replace(
+        tiny_run, parallel=ParallelConfig(tensor_model_parallel_size=4, sequence_parallel=True)
+    )
+    assert boundary_shape("vision.1", config, 3) == (4, 1, 32)  # 15 tokens, padded to 16
+    assert boundary_shape("pool", config, 0) == (2, 1, 32)  # one blank slot: 5 tokens, padded to 8
+    assert boundary_shape("language.embed", config, 3) == (3 * 4 + 3, 1, 32)  # latents are not split
+    assert boundary_shape("language.0", config, 3) == (128 // 4 + 3, 1, 32)
+    assert boundary_shape("heads", config, 0) == (128 // 4 + 1, 1, 32)
+
+
+def test_pooled_latents_take_the_dtype_of_what_they_travel_with() -> None:
+    sent = Activations(hidden_T1H=torch.zeros(4, 1, 2, dtype=torch.bfloat16), pooled_ND=torch.ones(1, 2))
+    assert pack(sent).dtype == torch.bfloat16
+
+
+def test_embedding_ranks_are_those_of_token_table_and_heads(tiny_run: RunConfig) -> None:
+    def ranks(*cuts: str) -> list[int]:
+        config = _cut(tiny_run, cuts)
+        return embedding_ranks(cut_line(config), [10 * stage for stage in range(len(cuts) + 1)])
+
+    assert ranks() == [0]
+    assert ranks("vision.1") == [10]
+    assert ranks("pool", "language.1") == [10, 20]
+    assert ranks("language.embed", "language.0", "heads") == [10, 30]
+
+
+def test_stages_that_hold_the_tied_matrix_say_so(config: RunConfig, runtime: Runtime) -> None:
+    def shares(config: RunConfig) -> list[bool]:
+        schedule = language_transformer_config(config.language, runtime)
+        return [
+            PipelineStage(config, stage, runtime, schedule).share_embeddings_and_output_weights
+            for stage in cut_line(config)
+        ]
+
+    config = _cut(config, ("language.embed", "language.1", "heads"))
+    assert shares(config) == [False, True, False, True]
+    untied = dataclasses.replace(config, language=dataclasses.replace(config.language, tie_embeddings=False))
+    assert shares(untied) == [False] * 4
+
+
+def test_stage_without_what_it_needs_says_so(config: RunConfig, runtime: Runtime) -> None:
+    config = _cut(config, ("language.0",))
+    _, last = cut_line(config)
+    module = PipelineStage(config, last, runtime, language_transformer_config(config.language, runtime))
+    batch: PackedBatch = merge(make_rows(config, BATCHES["images"]))
+    with pytest.raises(AssertionError, match="used a part of the model, or an activation, that it does not hold"):
+        module(batch, 0)
+
+
+def test_communicator_refuses_to_receive_from_both_sides(config: RunConfig) -> None:
+    groups = initialize(ParallelConfig(), lambda pipeline: pipeline[:1])
+    try:
+        stage, _ = cut_line(_cut(config, ("pool",)))
+        schedule = language_transformer_config(config.language, Runtime(collection=groups.collection))
+        communicator = PlannedP2PCommunicator(groups, schedule, stage, config, [1, 2])
+        with pytest.raises(AssertionError, match="receives from one side at a time"):
+            communicator._communicate(
+                tensor_send_next=None, tensor_send_prev=None, recv_prev=True, recv_next=True, tensor_shape=None
+            )
+    finally:
+        groups.destroy()
+
+
+def test_every_piece_can_begin_a_stage(config: RunConfig) -> None:
+    for piece in line_of_pieces(config.vision, config.language)[1:]:
+        rows, one, width = boundary_shape(piece, config, 2)
+        assert rows > 0
+        assert one == 1
+        assert width in (config.vision.hidden_size, config.language.hidden_size)
+    with pytest.raises(ConfigError):
+        cut_line(_cut(config, ("nothing",)))
