@@ -157,7 +157,7 @@ def main() -> None:
         print(table)
     for name, value in result.items():
         print(f"{name:16} {value:,.2f}")
-    report: dict[str, Any] = result | dataclasses.asdict(flags) | {"torch": torch.__version__}
+    report: dict[str, Any] = result | dataclasses.asdict(flags) | {"torch_version": torch.__version__}
     sys.stdout.flush()
     print(json.dumps(report))
 

@@ -1,8 +1,8 @@
-"""A corpus for benchmarks, made on the fly: MMC4 layout, through the real preprocessing. The same arguments give the
-same corpus.
+"""A corpus for benchmarks, made on the fly in MMC4 layout and preprocessed as any other.
 
-Lengths imitate web documents: log-normal sentences of Zipf-distributed words, one to six images each. Pictures are
-smooth colours with noise as JPEG, which costs a decoder about as much as a photograph of the same size.
+The same arguments give the same corpus. Lengths imitate web documents: log-normal sentences of Zipf-distributed words,
+one to six images each. Pictures are smooth colours with noise as JPEG, which costs a decoder about as much as a
+photograph of the same size.
 """
 
 from __future__ import annotations

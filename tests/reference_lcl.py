@@ -1,4 +1,4 @@
-"""The released LCL model again, in plain torch and under its own parameter names: an oracle for the ``official`` recipe.
+"""The released LCL model again, in plain torch under its own parameter names: oracle for the ``official`` recipe.
 
 Shares no code with the package: ``nn.Conv2d``, ``nn.MultiheadAttention``, a mask for causality, one document per row,
 whole logits, whole similarity matrix. ``record_case`` writes a forward and a backward pass of it in the format of the
@@ -246,7 +246,7 @@ def record_case(folder: Path, name: str, sizes: Sizes, rows: list[tuple[int, ...
         },
         "special_token_ids": sizes.special,
         "pad_id": PAD,
-        **{key: float(value) for key, value in losses.items()},
+        **{key: value.item() for key, value in losses.items()},
     }
     path = folder / f"{name}.safetensors"
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)

@@ -2,7 +2,7 @@
 
 One format for all of megatron-core's optimizers, so that a run may go on with or without ``use_distributed_optimizer``,
 and with torch's or TransformerEngine's Adam. Parameter groups are not stored: the configuration and the schedule make
-them. megatron-core's own formats (0.16.1) differ between its optimizers, and its distributed optimizer's has two faults:
+them. megatron-core's own formats (0.16.1) differ between its optimizers, and the distributed one's has two faults:
 
 - ``fully_reshardable`` cuts parameters out of a buffer at places that count the padding between the buffer's buckets,
   though the padding has been left out: behind the first padded bucket, parameters are stored with moments of others.

@@ -39,7 +39,7 @@ class _Files:
     preset: str = ""
     """Name of a shipped configuration, the base of everything else; an unknown name lists the known ones."""
     config: str = ""
-    """TOML file on top of the preset; a checkpoint's ``run.toml`` repeats its run."""
+    """TOML file on top of the preset; a checkpoint's ``run.toml`` with another ``--save`` repeats its run."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

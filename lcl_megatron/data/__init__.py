@@ -1,1 +1,1 @@
-"""Raw files to corpus to ``PackedBatch``. Knows ranks as integers; talks to no other process."""
+"""Raw files to corpus to ``PackedBatch``. Knows ranks as integers; talks to no other rank."""

@@ -1,6 +1,6 @@
 """What a training step reads: micro-batches on this rank, and the layout of the step on all ranks.
 
-Shape letters: B rows, S positions, N image slots (at least 1), P pixels of a side, T targets.
+Shape letters: B rows, S positions, N image slots (at least 1), K text targets.
 A *flat position* is ``row * S + position``: rows lie one behind the other, as in packed (THD) attention.
 """
 
@@ -37,7 +37,7 @@ class PackedBatch:
     max_seqlen: int
     """Length of the longest document, in tokens."""
     label_positions: Tensor
-    """(T,) int64, flat positions where ``loss_mask`` is True, ascending."""
+    """(K,) int64, flat positions where ``loss_mask`` is True, ascending."""
     image_slots: Tensor
     """(num_images,) int64, flat position of each image's first latent; its other latents follow."""
     context_slots: Tensor
@@ -49,7 +49,7 @@ class PackedBatch:
     image_ok: Tensor
     """(N,) bool, False for a blank slot and for an image that could not be decoded."""
     images: Tensor | None
-    """(N, 3, P, P) uint8 RGB, or float already normalised; None on stages that hold no patch embedding."""
+    """(N, 3, size, size) uint8 RGB, or float already normalised; None on stages that hold no patch embedding."""
     num_images: int
     """Real images; N = max(1, num_images)."""
 
@@ -64,7 +64,7 @@ class PackedBatch:
         return self.has_context & self.image_ok
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
-        """Return the batch with every tensor on ``device``."""
+        """Return the batch with every tensor on ``device``; ``non_blocking`` helps only from pinned memory."""
         moved = {
             f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
             for f in dataclasses.fields(self)

@@ -15,6 +15,7 @@ from lcl_megatron.data.rows import PlannedRow
 IMAGE_BITS = 40
 """Bits of an image key that hold the image's index; the epoch is above them."""
 BLANK_KEY = 0
+"""Key of a blank slot; no image has it."""
 
 
 @dataclass(frozen=True)

@@ -194,16 +194,17 @@ class Composer:
         if len(images) == 0:
             return owner, images, segment
 
-        key = epochs[owner]
+        epoch = epochs[owner]
         # An inline image is alone in its group; matched ones share one per sentence.
         group = np.where(matched, segment, len(slots.lengths) + np.arange(len(images)))
-        chosen = _smallest(group, keyed_hash(self.seed, Stream.SENTENCE_IMAGE, key, images), 1)
-        owner, images, segment, matched, key = (array[chosen] for array in (owner, images, segment, matched, key))
-        choice = keyed_hash(self.seed, Stream.IMAGE_CHOICE, key, images)
+        chosen = _smallest(group, keyed_hash(self.seed, Stream.SENTENCE_IMAGE, epoch, images), 1)
+        owner, images, segment, matched, epoch = (array[chosen] for array in (owner, images, segment, matched, epoch))
+        choice = keyed_hash(self.seed, Stream.IMAGE_CHOICE, epoch, images)
         chosen = _smallest(owner, choice, config.max_images_per_document)
-        owner, images, segment, matched, key = (array[chosen] for array in (owner, images, segment, matched, key))
-        after = matched & (keyed_hash(self.seed, Stream.PLACEMENT, key, images) >> np.uint64(63) == 1)
+        owner, images, segment, matched, epoch = (array[chosen] for array in (owner, images, segment, matched, epoch))
+        after = matched & (keyed_hash(self.seed, Stream.PLACEMENT, epoch, images) >> np.uint64(63) == 1)
         slot = segment + after
+        # Two images may meet at one slot: the one behind the sentence before it stands first.
         order = np.lexsort((images, ~after, slot))
         return owner[order], images[order], slot[order]
 

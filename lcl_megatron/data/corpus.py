@@ -151,7 +151,12 @@ class Corpus:
         return tokens
 
     def image_bytes(self, image: int) -> bytes:
-        """Return the encoded bytes of an image, as they stood in the source file; not yet decoded, may be truncated."""
+        """Return the encoded bytes of an image, as they stood in the source file; not yet decoded, may be truncated.
+
+        Raises:
+            IndexError: If there is no such image.
+            CorpusError: If ``images.bin`` was cut short while in use.
+        """
         return self._images.read_bytes(image)
 
     def image_source(self, image: int) -> str:
@@ -240,7 +245,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def load_array(path: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Return a side array as a read-only memory map, after checking dtype and shape."""
+    """Return a side array as a read-only memory map.
+
+    Raises:
+        CorpusError: If dtype or shape are not those announced.
+    """
     array = np.load(path, mmap_mode="r" if np.prod(shape) else None, allow_pickle=False)
     if array.dtype != np.dtype(dtype) or array.shape != shape:
         raise CorpusError(f"{path} holds {array.dtype} {array.shape}; expected {dtype} {shape}: it is damaged")

@@ -122,8 +122,9 @@ class Totals:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Totals:
         """Build from JSON."""
-        parsed: dict[str, Any] = {key: Counter(value) if isinstance(value, dict) else value
-                                  for key, value in values.items()}
+        parsed: dict[str, Any] = {
+            key: Counter(value) if isinstance(value, dict) else value for key, value in values.items()
+        }
         return cls(**parsed)
 
 
@@ -205,8 +206,12 @@ class PartWriter:
 
     def reject(self, reject: Reject) -> None:
         """Record something that was left out."""
-        record: dict[str, Any] = {"file": reject.source.path, "line": reject.source.line,
-                                  "reason": reject.reason, "detail": reject.detail}
+        record: dict[str, Any] = {
+            "file": reject.source.path,
+            "line": reject.source.line,
+            "reason": reject.reason,
+            "detail": reject.detail,
+        }
         if reject.image_number is not None:
             record |= {"image": reject.image_number, "image_name": reject.image_name}
         # ASCII: names from the web may hold lone surrogates, which UTF-8 cannot carry.
@@ -216,12 +221,16 @@ class PartWriter:
     def _check(self, document: EncodedDocument) -> None:
         for segment in document.segments:
             if len(segment) and not (0 <= min(segment) and max(segment) < self._vocab_size):
-                raise ValueError(f"{document.source}: token ids from {min(segment)} to {max(segment)}; the vocabulary "
-                                 f"has {self._vocab_size}: the tokenizer and its vocabulary size do not fit")
+                raise ValueError(
+                    f"{document.source}: token ids from {min(segment)} to {max(segment)}; the vocabulary "
+                    f"has {self._vocab_size}: the tokenizer and its vocabulary size do not fit"
+                )
         for image in document.images:
             if not 0 < len(image.data) <= MAX_SEQUENCE_LENGTH:
-                raise ValueError(f"{document.source} image {image.segment.number} ({image.segment.name}): "
-                                 f"{len(image.data)} bytes; 1 to {MAX_SEQUENCE_LENGTH} can be stored")
+                raise ValueError(
+                    f"{document.source} image {image.segment.number} ({image.segment.name}): "
+                    f"{len(image.data)} bytes; 1 to {MAX_SEQUENCE_LENGTH} can be stored"
+                )
 
 
 def sync_folder(folder: Path) -> None:

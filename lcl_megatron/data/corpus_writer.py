@@ -7,10 +7,11 @@ While a corpus is written, everything lies in a folder beside it::
         parts/          finished parts that wait for their turn
         corpus/         .bin files and rejects.jsonl, growing
         columns/        the other columns, growing
-        journal.json    parts appended so far, sizes of all growing files, counts
+        inputs.jsonl    input and sources of every part appended so far, growing
+        journal.json    sizes of all growing files, counts, and the settings they belong to
 
 A part is deleted when the journal that includes it is on disk. After a crash the growing files are cut back to the
-journal's sizes, so a finished part is never done again and never counted twice. Nothing of this is held in memory.
+journal's sizes, so a finished part is never done again and never counted twice. No document is held in memory.
 """
 
 from __future__ import annotations
@@ -85,8 +86,10 @@ class CorpusWriter:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self._lock.close()
-            raise ConfigError(f"another process is writing {self.path} (it holds {self.staging / 'lock'}); "
-                              "wait for it, or choose another --output") from error
+            raise ConfigError(
+                f"another process is writing {self.path} (it holds {self.staging / 'lock'}); "
+                "wait for it, or choose another --output"
+            ) from error
         try:
             if not self._resume():
                 self.discard()
@@ -140,13 +143,19 @@ class CorpusWriter:
             ConfigError: If not one document was kept, with the reasons; nothing is published then.
         """
         if self.totals.documents == 0:
-            raise ConfigError(f"no document was kept, so {self.path} is not written; "
-                              f"documents left out: {dict(self.totals.rejected_documents)}, "
-                              f"images left out: {dict(self.totals.rejected_images)}")
+            raise ConfigError(
+                f"no document was kept, so {self.path} is not written; "
+                f"documents left out: {dict(self.totals.rejected_documents)}, "
+                f"images left out: {dict(self.totals.rejected_images)}"
+            )
         dtypes = {"tokens": token_dtype(self._tokenizer.vocab_size)}
         for name, (lengths, per_document) in INDEXED.items():
-            write_index(self._corpus / f"{name}.idx", dtypes.get(name, np.dtype(np.uint8)),
-                        self._read_column(lengths), self._read_column(per_document))
+            write_index(
+                self._corpus / f"{name}.idx",
+                dtypes.get(name, np.dtype(np.uint8)),
+                self._read_column(lengths),
+                self._read_column(per_document),
+            )
         for name in (*IMAGE_ARRAYS, "document_source"):
             self._write_array(name)
         (self._corpus / "tokenizer.model").write_bytes(self._tokenizer.model)
@@ -220,8 +229,10 @@ class CorpusWriter:
         names = sorted(path.name for path in self._corpus.iterdir() if path.name != "manifest.json")
         with ThreadPoolExecutor(4) as pool:
             hashes = list(pool.map(lambda name: file_sha256(self._corpus / name), names))
-        files = {name: {"bytes": (self._corpus / name).stat().st_size, "sha256": value}
-                 for name, value in zip(names, hashes, strict=True)}
+        files = {
+            name: {"bytes": (self._corpus / name).stat().st_size, "sha256": value}
+            for name, value in zip(names, hashes, strict=True)
+        }
         totals = self.totals
         return {
             "format": FORMAT,
@@ -233,12 +244,15 @@ class CorpusWriter:
                 "special_tokens": vars(self._tokenizer.special_tokens),
                 "token_range": [totals.min_token, totals.max_token],
             },
-            "counts": {name: getattr(totals, name) for name in
-                       ("documents", "segments", "images", "tokens", "image_bytes")},
+            "counts": {
+                name: getattr(totals, name) for name in ("documents", "segments", "images", "tokens", "image_bytes")
+            },
             "document_lengths": _sorted_counts(totals.document_lengths),
             "document_images": _sorted_counts(totals.document_images),
-            "rejected": {"documents": dict(sorted(totals.rejected_documents.items())),
-                         "images": dict(sorted(totals.rejected_images.items()))},
+            "rejected": {
+                "documents": dict(sorted(totals.rejected_documents.items())),
+                "images": dict(sorted(totals.rejected_images.items())),
+            },
             "inputs": self.inputs,
             "sources": self._sources,
             "files": files,
@@ -257,12 +271,19 @@ class CorpusWriter:
         shutil.rmtree(self.staging)
 
 
-def write_corpus(path: str | Path, documents: Iterable[EncodedDocument], tokenizer: Tokenizer,
-                 overwrite: bool = False) -> Corpus:
+def write_corpus(
+    path: str | Path, documents: Iterable[EncodedDocument], tokenizer: Tokenizer, overwrite: bool = False
+) -> Corpus:
     """Write a corpus from a stream of documents in this process, and return it opened.
 
+    Args:
+        path: Folder of the corpus.
+        documents: The documents, already tokenized, in the order of the corpus.
+        tokenizer: Tokenizer that made the tokens.
+        overwrite: Replace a corpus that is already there.
+
     Raises:
-        ConfigError: As ``CorpusWriter``.
+        ConfigError: As ``CorpusWriter``, and if there is no document.
         ValueError: If a document does not fit the vocabulary.
     """
     with CorpusWriter(path, tokenizer, overwrite=overwrite) as writer:

@@ -20,6 +20,7 @@ from PIL import Image
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 """Pillow formats that are accepted; others (FITS, EPS, PSD, ...) bring rarely tested decoders."""
 ABSENT = {errno.ENOENT: "missing file", errno.ENOTDIR: "missing file"}
+"""Errors that mean that there is no such file, with their reason."""
 UNREADABLE = {errno.ENAMETOOLONG, errno.EACCES, errno.EISDIR, errno.ELOOP, errno.EINVAL}
 """Errors that are the file's own. Others (EIO, ESTALE, EMFILE) are the machine's, and stop the run."""
 
@@ -42,17 +43,14 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Reads image files below a folder, and never outside it.
-
-    Attributes:
-        root: The folder.
-        max_bytes: Larger files are refused.
-        max_pixels: Images whose header announces more are refused.
-    """
+    """Reads image files below a folder, and never outside it."""
 
     root: Path
+    """The folder."""
     max_bytes: int = 64 << 20
+    """Larger files are refused."""
     max_pixels: int = 64_000_000
+    """Images whose header announces more are refused."""
 
     def read(self, name: str) -> bytes:
         """Return the bytes of an image file.

@@ -136,7 +136,7 @@ def decode_rgb(data: bytes, max_pixels: int) -> np.ndarray:
         raise ImageError("no bytes")
     try:
         with warnings.catch_warnings():
-            # Pillow warns from 89 million pixels on; whether that is too many is for max_pixels to say.
+            # Pillow refuses 179 million pixels, and warns from half as many on, of which max_pixels is the judge.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         with image:

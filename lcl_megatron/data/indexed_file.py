@@ -136,17 +136,17 @@ def write_index(path: Path, dtype: np.dtype, lengths: np.ndarray, document_lengt
     with open(path, "wb") as stream:
         stream.write(HEADER.pack(MAGIC, 1, DTYPE_CODES[dtype.name], len(lengths), len(document_lengths) + 1))
         for begin in range(0, len(lengths), COPY_VALUES):
-            stream.write(lengths[begin:begin + COPY_VALUES].astype("<i4").tobytes())
+            stream.write(lengths[begin : begin + COPY_VALUES].astype("<i4").tobytes())
         position = 0
         for begin in range(0, len(lengths), COPY_VALUES):
-            sizes = lengths[begin:begin + COPY_VALUES].astype(np.int64) * dtype.itemsize
+            sizes = lengths[begin : begin + COPY_VALUES].astype(np.int64) * dtype.itemsize
             ends = position + np.cumsum(sizes)
             stream.write((ends - sizes).astype("<i8").tobytes())
             position = int(ends[-1])
         stream.write(np.zeros(1, dtype="<i8").tobytes())
         first = 0
         for begin in range(0, len(document_lengths), COPY_VALUES):
-            borders = first + np.cumsum(document_lengths[begin:begin + COPY_VALUES].astype(np.int64))
+            borders = first + np.cumsum(document_lengths[begin : begin + COPY_VALUES].astype(np.int64))
             stream.write(borders.astype("<i8").tobytes())
             first = int(borders[-1])
         stream.flush()

@@ -38,7 +38,7 @@ ALIGNMENT_BYTES = 64
 class StepLoader:
     """Iterates over the steps of one data-parallel rank, in order.
 
-    ``plan.config.num_workers`` processes prepare ``prefetch_factor`` steps each; 0 = this process does it all. The
+    ``data.num_workers`` processes prepare ``data.prefetch_factor`` steps each; 0 = this process does it all. The
     processes are started anew (not forked from this one, which may hold a GPU) and end with the iterator, also when
     the loop over it is left early.
 
@@ -150,7 +150,7 @@ def add_images(collated: CollatedRows, corpus: Corpus, transform: TrainingTransf
     Args:
         collated: The micro-batch.
         corpus: Holds the encoded images.
-        transform: Makes (3, P, P) uint8 pixels of bytes and image key.
+        transform: Makes (3, size, size) uint8 pixels of bytes and image key.
 
     Returns:
         The micro-batch with ``images`` and ``image_ok``, and source and reason of every bad image.

@@ -6,6 +6,7 @@ The hash is splitmix64's finaliser (Steele et al., OOPSLA 2014) chained over 64-
     hash(v1, v2, ..) = h = 0; for v in v1, v2, ..: h = mix(h + (v + 1) * 0x9E3779B97F4A7C15)
 
 It uses integers only, so the order of a run is the same on every platform and under every version of numpy.
+``model/drop_path.py`` has the same finaliser for tensors, because its decisions are made on the device.
 """
 
 from __future__ import annotations

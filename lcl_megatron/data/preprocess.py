@@ -59,8 +59,10 @@ class PreprocessConfig:
     def __post_init__(self) -> None:
         require(len(self.input) > 0, "no input: give --input SHARD [SHARD ...]")
         require(self.num_workers >= 1, f"num_workers = {self.num_workers}; at least 1 is needed")
-        require(0 <= self.max_rejected_image_share <= 1,
-                f"max_rejected_image_share = {self.max_rejected_image_share} is outside [0, 1]")
+        require(
+            0 <= self.max_rejected_image_share <= 1,
+            f"max_rejected_image_share = {self.max_rejected_image_share} is outside [0, 1]",
+        )
         require(self.max_image_pixels >= 1 and self.max_image_bytes >= 1, "image limits must be at least 1")
         missing = [str(path) for path in self.input if not path.is_file()]
         require(not missing, f"{len(missing)} of {len(self.input)} inputs are no files: {', '.join(missing[:5])}")
@@ -82,10 +84,12 @@ class PreprocessSummary:
     def __str__(self) -> str:
         """Return the counts, one per line."""
         totals = self.totals
-        lines = [f"corpus {self.corpus.path} (fingerprint {self.corpus.fingerprint[:16]})",
-                 f"  documents  {totals.documents:,}",
-                 f"  images     {totals.images:,} ({totals.image_bytes:,} bytes)",
-                 f"  tokens     {totals.tokens:,} in {totals.segments:,} text segments"]
+        lines = [
+            f"corpus {self.corpus.path} (fingerprint {self.corpus.fingerprint[:16]})",
+            f"  documents  {totals.documents:,}",
+            f"  images     {totals.images:,} ({totals.image_bytes:,} bytes)",
+            f"  tokens     {totals.tokens:,} in {totals.segments:,} text segments",
+        ]
         for what, counts in (("documents", totals.rejected_documents), ("images", totals.rejected_images)):
             lines.append(f"  rejected {what}: {counts.total():,}")
             lines.extend(f"    {number:,} {reason}" for reason, number in counts.most_common())
@@ -111,9 +115,11 @@ def preprocess(config: PreprocessConfig, report: Callable[[str], None] = lambda 
         for number, part in enumerate(_parts(config, writer, done), start=done + 1):
             part_totals = writer.append(part)
             totals = writer.totals
-            report(f"[{number}/{len(config.input)}] {writer.inputs[-1]['name']}: {part_totals.documents:,} documents; "
-                   f"so far {totals.documents:,} documents, {totals.images:,} images, {totals.tokens:,} tokens, "
-                   f"{totals.rejected_images.total():,} images rejected")
+            report(
+                f"[{number}/{len(config.input)}] {writer.inputs[-1]['name']}: {part_totals.documents:,} documents; "
+                f"so far {totals.documents:,} documents, {totals.images:,} images, {totals.tokens:,} tokens, "
+                f"{totals.rejected_images.total():,} images rejected"
+            )
             _check_rejected(config, totals, last=number == len(config.input))
         _check_rejected(config, writer.totals, last=True)
         return PreprocessSummary(writer.commit(), writer.totals)
@@ -219,12 +225,16 @@ def _result(part: Future[Path] | Path) -> Path:
 def _settings(config: PreprocessConfig) -> str:
     """Return everything that decides the parts, so that no part of another run is taken for one of this."""
     stats = [path.stat() for path in config.input]
-    return json.dumps({
-        "inputs": [[name, stat.st_size, stat.st_mtime_ns]
-                   for name, stat in zip(input_names(config.input), stats, strict=True)],
-        "image_root": os.path.abspath(config.image_root),
-        "limits": [config.max_image_pixels, config.max_image_bytes],
-    })
+    return json.dumps(
+        {
+            "inputs": [
+                [name, stat.st_size, stat.st_mtime_ns]
+                for name, stat in zip(input_names(config.input), stats, strict=True)
+            ],
+            "image_root": os.path.abspath(config.image_root),
+            "limits": [config.max_image_pixels, config.max_image_bytes],
+        }
+    )
 
 
 def _check_rejected(config: PreprocessConfig, totals: Totals, last: bool) -> None:

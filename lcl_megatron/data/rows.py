@@ -36,6 +36,7 @@ ORDER_FIELDS = (
 NO_SIMILAR_IMAGE = "no image of sufficient similarity"
 IMAGES_CUT_OFF = "all images behind the cut at seq_length"
 CACHED_WINDOWS = 4
+"""Packed windows that are kept; steps are read in order, and a global batch seldom reaches over more."""
 
 
 @dataclass(frozen=True)

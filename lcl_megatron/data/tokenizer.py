@@ -67,8 +67,9 @@ class Tokenizer:
         try:
             self._processor.LoadFromSerializedProto(model)
         except RuntimeError as error:
-            raise ConfigError(f"{name} is not a SentencePiece model ({len(model)} bytes); make one with "
-                              "tools/train_tokenizer.py") from error
+            raise ConfigError(
+                f"{name} is not a SentencePiece model ({len(model)} bytes); make one with tools/train_tokenizer.py"
+            ) from error
         self.special_tokens = self._find_special_tokens()
         """Ids of the special tokens."""
         self.fingerprint = hashlib.sha256(model).hexdigest()
@@ -84,8 +85,9 @@ class Tokenizer:
         try:
             model = Path(path).read_bytes()
         except OSError as error:
-            raise ConfigError(f"cannot read the tokenizer {path}: {error.strerror}; "
-                              "make one with tools/train_tokenizer.py") from error
+            raise ConfigError(
+                f"cannot read the tokenizer {path}: {error.strerror}; make one with tools/train_tokenizer.py"
+            ) from error
         return cls(model, str(path))
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[bytes, str]]:
@@ -115,11 +117,15 @@ class Tokenizer:
             piece = PIECES[field.name]
             token = self._processor.piece_to_id(piece)
             if self._processor.id_to_piece(token) != piece:
-                raise ConfigError(f"{self._name} has no special token {piece}; it needs {' '.join(PIECES.values())}: "
-                                  "make a tokenizer with tools/train_tokenizer.py")
+                raise ConfigError(
+                    f"{self._name} has no special token {piece}; it needs {' '.join(PIECES.values())}: "
+                    "make a tokenizer with tools/train_tokenizer.py"
+                )
             if not self._processor.is_control(token):
-                raise ConfigError(f"{self._name}: {piece} is not a control symbol, so text that contains the string "
-                                  f"would become a special token; make a tokenizer with tools/train_tokenizer.py")
+                raise ConfigError(
+                    f"{self._name}: {piece} is not a control symbol, so text that contains the string "
+                    f"would become a special token; make a tokenizer with tools/train_tokenizer.py"
+                )
             ids[field.name] = token
         return SpecialTokens(**ids)
 
@@ -158,14 +164,21 @@ def train_tokenizer(texts: Iterable[str], output: str | Path, vocab_size: int) -
             split_digits=True,
             max_sentence_length=MAX_SENTENCE_BYTES,
             num_threads=1,
-            unk_id=0, bos_id=1, eos_id=2, pad_id=3,
-            bos_piece=PIECES["bos"], eos_piece=PIECES["eos"], pad_piece=PIECES["pad"],
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=3,
+            bos_piece=PIECES["bos"],
+            eos_piece=PIECES["eos"],
+            pad_piece=PIECES["pad"],
             control_symbols=[PIECES["boi"], PIECES["eoi"], PIECES["image"]],
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise ConfigError(f"SentencePiece cannot train a vocabulary of {vocab_size} on this text: {error}; special "
-                          "tokens, 256 bytes and the characters of the text must fit: choose a larger size") from error
+        raise ConfigError(
+            f"SentencePiece cannot train a vocabulary of {vocab_size} on this text: {error}; special "
+            "tokens, 256 bytes and the characters of the text must fit: choose a larger size"
+        ) from error
     tokenizer = Tokenizer(writer.getvalue(), str(output))
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     Path(output).write_bytes(tokenizer.model)
@@ -176,4 +189,4 @@ def _cut(text: str) -> Iterator[str]:
     """Yield a text in pieces that the trainer accepts; a character has at most 4 bytes."""
     step = MAX_SENTENCE_BYTES // 4
     for begin in range(0, len(text), step):
-        yield text[begin:begin + step]
+        yield text[begin : begin + step]

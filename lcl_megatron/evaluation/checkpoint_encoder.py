@@ -34,7 +34,11 @@ class FrozenEncoder:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Return the mean over patches of the tower's features, (N, C), of uint8 images (N, 3, P, P)."""
+        """Return the mean over patches of the tower's features, (N, C) float32 on the CPU.
+
+        Args:
+            images: (N, 3, size, size) uint8 RGB.
+        """
         return present(self.engine.model.vision)(images.to(self.engine.device)).mean(dim=1).float().cpu()
 
 
@@ -73,6 +77,11 @@ def probe_checkpoint(checkpoint: Path, labels: Path, image_root: Path, splits: t
         labels: CSV file with the columns ``image_name``, ``split``, ``label``.
         image_root: folder of the images.
         splits: the split that the probes are fitted on, and the one that is scored.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint.
+        LabelError: the labels are damaged, or an image is missing or cannot be decoded.
+        ValueError: the splits are too small to fit the probes.
     """
     read = [read_labels(labels, split) for split in splits]
     reports = []
@@ -90,7 +99,7 @@ def probe_checkpoint(checkpoint: Path, labels: Path, image_root: Path, splits: t
 
 
 def _single_process(config: RunConfig) -> RunConfig:
-    """Return the configuration for one process in float32."""
+    """Return the configuration for one process in float32; the vision tower's own section stays as it was."""
     return dataclasses.replace(
         config,
         parallel=ParallelConfig(),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 Encode = Callable[[Tensor], Tensor]
-"""Pixels (N, 3, P, P) uint8 RGB on the CPU -> features (N, F), any float dtype, on any device."""
+"""Pixels (N, 3, size, size) uint8 RGB on the CPU -> features (N, F), any float dtype, on any device."""
 
 
 class ImageSource(Protocol):
@@ -24,7 +24,7 @@ class ImageSource(Protocol):
         ...
 
     def __getitem__(self, index: slice, /) -> Tensor:
-        """Return pixels (n, 3, P, P) uint8 RGB of the images of a slice."""
+        """Return pixels (n, 3, size, size) uint8 RGB of the images of a slice."""
         ...
 
 

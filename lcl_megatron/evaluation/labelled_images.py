@@ -123,7 +123,7 @@ class DecodedImages:
         Args:
             images: which images.
             image_folder: folder that their names are relative to.
-            image_size: side P of the result, in pixels.
+            image_size: side of the result, in pixels.
             num_threads: images decoded at the same time; 0 = one per CPU core.
 
         Raises:
@@ -147,10 +147,11 @@ class DecodedImages:
         return len(self._images)
 
     def __getitem__(self, index: slice, /) -> Tensor:
-        """Return pixels (n, 3, P, P) uint8 RGB of the images of a slice.
+        """Return pixels (n, 3, size, size) uint8 RGB of the images of a slice.
 
         Raises:
-            LabelError: an image cannot be decoded.
+            LabelError: an image cannot be read or decoded.
+            OSError: the disk fails.
         """
         return torch.stack(list(self._threads.map(self._pixels, self._images.names[index])))
 

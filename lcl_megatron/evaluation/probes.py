@@ -23,8 +23,11 @@ L2_CANDIDATES = tuple(10.0**exponent for exponent in (2, 1, 0, -1, -2, -3, -4, -
 
 _VALIDATION_SHARE = 0.2
 _PATIENCE = 3
+"""Penalties in a row that may bring no gain before the search ends."""
 _SELECTION_TOLERANCE = 1e-4
+"""Gradient at which a fit that only chooses the penalty ends."""
 _SIMILARITIES_AT_ONCE = 32 * 2**20
+"""Entries of the similarity matrix that exist at one time."""
 _Z_95 = 1.959963984540054
 
 

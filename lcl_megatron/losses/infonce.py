@@ -30,14 +30,14 @@ def streamed_lse(
         lse_i = log sum_{j valid} exp(s r_i . c_j),    best_i = argmax_{j valid} r_i . c_j
 
     Args:
-        rows_MD: (M, D) float32 or float64.
-        columns_GD: (G, D), same dtype.
+        rows_MD: (M, D) float32 or float64, unit rows.
+        columns_GD: (G, D), same dtype, unit rows.
         valid_G: (G,) bool; other columns do not take part.
-        scale: () same dtype, s.
+        scale: () same dtype, s (not its log).
         tile: columns T that exist at one time.
 
     Returns:
-        lse (M,), -inf if no column is valid; best column (M,) int64, -1 if no column is valid.
+        lse (M,) of the same dtype, -inf if no column is valid; best column (M,) int64, -1 if no column is valid.
     """
     lowest = torch.finfo(rows_MD.dtype).min
     running_max_M = rows_MD.new_full((rows_MD.shape[0],), lowest)
@@ -45,9 +45,9 @@ def streamed_lse(
     best_M = torch.full_like(running_max_M, -1, dtype=torch.int64)
     scaled_MD = scale * rows_MD
     for begin in range(0, columns_GD.shape[0], tile):
-        valid_T = valid_G[begin:begin + tile]
+        valid_T = valid_G[begin : begin + tile]
         # A finite floor, not -inf: the difference of two -inf would be NaN.
-        scores_MT = (scaled_MD @ columns_GD[begin:begin + tile].T).masked_fill_(~valid_T, lowest)
+        scores_MT = (scaled_MD @ columns_GD[begin : begin + tile].T).masked_fill_(~valid_T, lowest)
         tile_max_M, tile_best_M = scores_MT.max(dim=1)
         best_M = torch.where(tile_max_M > running_max_M, tile_best_M + begin, best_M)
         new_max_M = torch.maximum(running_max_M, tile_max_M)
@@ -80,7 +80,7 @@ def streamed_gradient(
         tile: columns T that exist at one time.
 
     Returns:
-        pull (M, D) and expected (M,), 0 for rows that are not valid.
+        pull (M, D) and expected (M,) of the same dtype, 0 for rows that are not valid.
     """
     rows_MD, row_lse_M, row_valid_M = rows
     columns_GD, column_lse_G, column_valid_G = columns

@@ -52,4 +52,7 @@ def build_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> Optimize
         end_wd=settings.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        # A continued run takes the step from the checkpoint and everything else from its own configuration.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )

@@ -1,0 +1,103 @@
+"""Benchmarks run, and their figures are those of what they ran.
+
+Oracle: arithmetic between the figures of one run, the size of the corpus, and the shapes that were asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lcl_megatron.data.corpus import Corpus
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+SMALL = ["--steps", "2", "--warmup-steps", "1", "--rows", "4", "--micro-batch-size", "2", "--seq-length", "128",
+         "--image-size", "32", "--vision-layers", "1", "--vision-width", "64", "--language-layers", "1",
+         "--language-width", "64", "--picture-side", "40"]
+
+
+def run(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, output: Any) -> tuple[list[str], Any]:
+    """Run a benchmark in this process; return its lines and the JSON object in the last one."""
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    runpy.run_path(str(BENCHMARKS / script), run_name="__main__")
+    lines = output.readouterr().out.splitlines()
+    return lines, json.loads(lines[-1])
+
+
+@pytest.fixture(scope="module")
+def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The corpus that the benchmarks make."""
+    module = runpy.run_path(str(BENCHMARKS / "synthetic.py"))
+    return module["SyntheticCorpus"](60, 40).write(tmp_path_factory.mktemp("synthetic") / "data")
+
+
+def test_the_synthetic_corpus_is_reproducible_and_of_the_lengths_it_says(synthetic: Path, tmp_path: Path) -> None:
+    corpus = Corpus.open(synthetic)
+    assert corpus.num_documents == 60
+    images = corpus.document_images[1:] - corpus.document_images[:-1]
+    assert (images.min(), images.max()) == (1, 6)
+    sentences = corpus.document_segments[1:] - corpus.document_segments[:-1] - images
+    assert 7 < sentences.mean() < 9
+    module = runpy.run_path(str(BENCHMARKS / "synthetic.py"))
+    again = module["SyntheticCorpus"](60, 40).write(tmp_path / "data")
+    assert Corpus.open(again).fingerprint == corpus.fingerprint
+
+
+@pytest.mark.parametrize("extra", [[], ["--profile", "--precision", "bf16"]], ids=["fp32", "bf16 profiled"])
+def test_step_cpu(
+    extra: list[str], synthetic: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines, report = run("step_cpu.py", [*SMALL, "--data-path", str(synthetic), *extra], monkeypatch, capsys)
+    assert report["images_per_s"] * report["step_ms"] / 1000 == pytest.approx(report["images_per_step"])
+    assert report["tokens_per_s"] * report["step_ms"] / 1000 == pytest.approx(report["tokens_per_step"])
+    assert report["tokens_per_step"] == pytest.approx(report["fill"] * 4 * 128)
+    assert 0.5 < report["fill"] <= 1.0
+    # An image of 4 patches takes 6 positions, and every row has an image.
+    assert 4 <= report["images_per_step"] <= report["tokens_per_step"] / 6
+    assert 0 < report["data_ms"] < report["step_ms"]
+    assert report["peak_rss_mib"] > 100
+    assert report["seq_length"] == 128
+    assert any("aten::" in line for line in lines) == ("--profile" in extra)
+
+
+def test_step_cpu_makes_a_corpus_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, report = run("step_cpu.py", SMALL, monkeypatch, capsys)
+    assert report["data_path"] == ""
+    assert report["images_per_s"] > 0
+
+
+def test_packing(synthetic: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--data-path", str(synthetic), "--window", "64", "--num-latents", "16", "--seq-length", "512",
+                 "--min-seconds", "0.05"]
+    lines, report = run("packing.py", arguments, monkeypatch, capsys)
+    assert "60 documents" in lines[0]
+    assert report["documents"] == 60
+    assert report["fill_one_per_row"] < report["fill"] <= 1.0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the benchmark itself would run")
+def test_gpu_says_that_there_is_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    lines, report = run("gpu.py", [], monkeypatch, capsys)
+    assert report == {"skipped": "no CUDA device"}
+    assert "no CUDA device; nothing was measured" in lines[0]
+
+
+@pytest.mark.gpu
+def test_gpu_measures_steps_and_ceilings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--steps", "5", "--warmup-steps", "2", "--rows", "2", "--num-documents", "60", "--num-workers", "2"]
+    _, report = run("gpu.py", arguments, monkeypatch, capsys)
+    figures = report["torch"]
+    assert figures["images_per_s"] * figures["step_ms"] / 1000 == pytest.approx(figures["images_per_step"])
+    # No step runs faster than its fastest matrix products alone.
+    assert 0 < figures["tflops"] < max(report["product_tflops"].values())
+    assert min(report["attention_tflops"].values()) > 0
