@@ -1,5 +1,5 @@
 # make setup        a virtual environment in .venv with pinned versions, without a GPU
-# make quickstart   pre-train, export and evaluate a tiny encoder on this machine
+# make quickstart   pre-train and probe a tiny encoder on this machine
 # make check        what has to pass before a change is proposed: lint and test
 # make gpu-check    tests and benchmarks on a machine with a GPU, with that machine's own Python
 

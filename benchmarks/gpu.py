@@ -65,11 +65,26 @@ class Flags:
 
     def config(self, corpus: Path, backend: str) -> RunConfig:
         """Return the run that is measured."""
-        return load_run_config([
-            "--preset", self.preset, "--data-path", str(corpus), "--transformer-impl", backend,
-            "--global-batch-size", str(self.rows), "--micro-batch-size", str(self.rows), "--precision", "bf16",
-            "--language.vocab-size", str(self.vocab_size), "--num-workers", str(self.num_workers),
-        ])
+        return load_run_config(
+            [
+                "--preset",
+                self.preset,
+                "--data-path",
+                str(corpus),
+                "--transformer-impl",
+                backend,
+                "--global-batch-size",
+                str(self.rows),
+                "--micro-batch-size",
+                str(self.rows),
+                "--precision",
+                "bf16",
+                "--language.vocab-size",
+                str(self.vocab_size),
+                "--num-workers",
+                str(self.num_workers),
+            ]
+        )
 
 
 def measure_backend(flags: Flags, corpus: Path, backend: str) -> tuple[dict[str, float], StepBatch]:
@@ -132,7 +147,10 @@ def product_ceilings(config: RunConfig, batch: PackedBatch) -> dict[str, float]:
     for name, tower in (("vision", vision), ("language", language)):
         width, inner = tower.hidden_size, tower.ffn_hidden_size
         products = {
-            "qkv": (width, 3 * width), "projection": (width, width), "fc1": (width, inner), "fc2": (inner, width)
+            "qkv": (width, 3 * width),
+            "projection": (width, width),
+            "fc1": (width, inner),
+            "fc2": (inner, width),
         }
         shapes |= {f"{name} {product}": (rows[name], *sides) for product, sides in products.items()}
     targets = min(len(batch.label_positions), config.loss.cross_entropy_chunk_size)
@@ -159,8 +177,10 @@ def attention_ceilings(config: RunConfig, batch: PackedBatch) -> dict[str, float
     image_size = vision.hidden_size // vision.num_attention_heads
     image_shape = (batch.num_images, vision.num_attention_heads, vision.num_tokens, image_size)
     found = {
-        "vision": (2 * square / language.hidden_size * vision.hidden_size * vision.num_tokens**2 * batch.num_images,
-                   _sdpa(image_shape, is_causal=False)),
+        "vision": (
+            2 * square / language.hidden_size * vision.hidden_size * vision.num_tokens**2 * batch.num_images,
+            _sdpa(image_shape, is_causal=False),
+        ),
         "language, one causal document per row": (square * length**2 * rows, _sdpa(shape, is_causal=True)),
         "language, packed, torch backend": (square * documents, _packed(tokens, shape, batch)),
     }

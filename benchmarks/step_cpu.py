@@ -85,20 +85,29 @@ class Flags:
         """Return the run that is measured; MLPs are four times as wide, heads have 64 channels."""
         return RunConfig(
             vision=VisionConfig(
-                image_size=self.image_size, patch_size=self.patch_size, num_layers=self.vision_layers,
-                hidden_size=self.vision_width, ffn_hidden_size=4 * self.vision_width,
-                num_attention_heads=max(1, self.vision_width // 64), drop_path_rate=self.drop_path_rate,
+                image_size=self.image_size,
+                patch_size=self.patch_size,
+                num_layers=self.vision_layers,
+                hidden_size=self.vision_width,
+                ffn_hidden_size=4 * self.vision_width,
+                num_attention_heads=max(1, self.vision_width // 64),
+                drop_path_rate=self.drop_path_rate,
             ),
             pool=PoolConfig(num_attention_heads=max(1, self.language_width // 64)),
             language=LanguageConfig(
-                num_layers=self.language_layers, hidden_size=self.language_width,
-                ffn_hidden_size=4 * self.language_width, num_attention_heads=max(1, self.language_width // 64),
+                num_layers=self.language_layers,
+                hidden_size=self.language_width,
+                ffn_hidden_size=4 * self.language_width,
+                num_attention_heads=max(1, self.language_width // 64),
                 max_position_embeddings=self.seq_length,
             ),
             data=DataConfig(data_path=str(corpus), seq_length=self.seq_length, num_workers=self.num_workers),
             training=TrainingConfig(
-                train_iters=self.warmup_steps + self.steps, global_batch_size=self.rows,
-                micro_batch_size=self.micro_batch_size, precision=self.precision, transformer_impl="torch",
+                train_iters=self.warmup_steps + self.steps,
+                global_batch_size=self.rows,
+                micro_batch_size=self.micro_batch_size,
+                precision=self.precision,
+                transformer_impl="torch",
             ),
             optimizer=OptimizerConfig(lr_warmup_iters=0),
             logging=LoggingConfig(log_interval=1_000_000),
@@ -148,8 +157,10 @@ def main() -> None:
     flags = tyro.cli(Flags, description=__doc__)
     torch.set_num_threads(flags.threads)
     with tempfile.TemporaryDirectory(prefix="step-cpu-") as folder:
-        corpus = Path(flags.data_path) if flags.data_path else SyntheticCorpus(400, flags.picture_side).write(
-            Path(folder) / "data"
+        corpus = (
+            Path(flags.data_path)
+            if flags.data_path
+            else SyntheticCorpus(400, flags.picture_side).write(Path(folder) / "data")
         )
         with run_from(flags.config(corpus)) as run:
             result, table = profiled(run, flags) if flags.profile else (measure(run, flags), "")

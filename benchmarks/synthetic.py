@@ -58,8 +58,11 @@ class SyntheticCorpus:
         texts = [" ".join(words[i] for i in np.minimum(rng.zipf(1.3, length), NUM_WORDS) - 1) for length in lengths]
         places = rng.choice(num_texts, num_images, replace=False)
         infos = [
-            {"image_name": f"{rng.integers(self.num_pictures)}.jpg", "matched_text_index": int(place),
-             "matched_sim": 0.3}
+            {
+                "image_name": f"{rng.integers(self.num_pictures)}.jpg",
+                "matched_text_index": int(place),
+                "matched_sim": 0.3,
+            }
             for place in places
         ]
         return {"text_list": list(texts), "image_info": list(infos)}

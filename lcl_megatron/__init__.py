@@ -4,8 +4,9 @@ import warnings
 
 __version__ = "0.1.0"
 
-# Said by megatron-core 0.16.1 on every import and every step, on every rank; each is a choice this package has made:
-# no apex, TransformerEngine only where there is a GPU, torch names that newer versions deprecate.
+# Said by megatron-core 0.16.1 on every import, step or save, on every rank, and nothing that a user could act on: apex
+# and TransformerEngine are optional here; torch deprecates names that megatron-core uses; its optimizer reads ``.grad``
+# of gradient-buffer views, which is None on purpose; its checkpoint writer forks a process that only writes files.
 for _message in (
     r".*Apex (is|are) not installed.*",
     r"Transformer Engine and Apex are not installed.*",

@@ -51,15 +51,22 @@ def shared_data() -> Path:
 @pytest.fixture
 def tiny_vision() -> VisionConfig:
     """Two layers of width 32 on 28 px images: 4 latents per image."""
-    return VisionConfig(image_size=28, patch_size=14, num_layers=2, hidden_size=32, ffn_hidden_size=64,
-                        num_attention_heads=4)
+    return VisionConfig(
+        image_size=28, patch_size=14, num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4
+    )
 
 
 @pytest.fixture
 def tiny_language() -> LanguageConfig:
     """Two layers of width 32, 100 tokens, padded to 128."""
-    return LanguageConfig(num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, vocab_size=100,
-                          max_position_embeddings=64)
+    return LanguageConfig(
+        num_layers=2,
+        hidden_size=32,
+        ffn_hidden_size=64,
+        num_attention_heads=4,
+        vocab_size=100,
+        max_position_embeddings=64,
+    )
 
 
 @pytest.fixture
@@ -70,7 +77,8 @@ def tiny_run(tiny_vision: VisionConfig, tiny_language: LanguageConfig) -> RunCon
         pool=PoolConfig(num_attention_heads=4),
         language=tiny_language,
         data=DataConfig(seq_length=64, packing_window=64, num_workers=0),
-        training=TrainingConfig(train_iters=4, global_batch_size=4, micro_batch_size=2, precision="fp32",
-                                transformer_impl="torch"),
+        training=TrainingConfig(
+            train_iters=4, global_batch_size=4, micro_batch_size=2, precision="fp32", transformer_impl="torch"
+        ),
         optimizer=OptimizerConfig(lr_warmup_iters=2),
     )

@@ -81,8 +81,9 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
     return [rank.result for rank in ranks]
 
 
-def _fork(fn: Callable[..., Any], rank: int, world_size: int, args: tuple[Any, ...], store: Path,
-          timeout: float) -> _Rank:
+def _fork(
+    fn: Callable[..., Any], rank: int, world_size: int, args: tuple[Any, ...], store: Path, timeout: float
+) -> _Rank:
     """Start one rank."""
     ours, theirs = _FORK.Pipe()
     process = _FORK.Process(target=_rank_main, args=(theirs, fn, rank, world_size, args, store, timeout))
@@ -91,8 +92,15 @@ def _fork(fn: Callable[..., Any], rank: int, world_size: int, args: tuple[Any, .
     return _Rank(rank, process, ours)
 
 
-def _rank_main(connection: Connection, fn: Callable[..., Any], rank: int, world_size: int, args: tuple[Any, ...],
-               store: Path, timeout: float) -> None:
+def _rank_main(
+    connection: Connection,
+    fn: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    args: tuple[Any, ...],
+    store: Path,
+    timeout: float,
+) -> None:
     """Body of a rank; never returns, so that nothing of the parent's (pytest's) runs at exit."""
     os.setpgid(0, 0)
     # The parent's garbage is not collected here: to destroy a process group is to wait for threads that it has there.
@@ -103,8 +111,9 @@ def _rank_main(connection: Connection, fn: Callable[..., Any], rank: int, world_
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     try:
         shared = dist.FileStore(str(store), world_size)  # type: ignore[attr-defined]  # missing from annotations
-        dist.init_process_group("gloo", store=shared, rank=rank, world_size=world_size,
-                                timeout=timedelta(seconds=timeout))
+        dist.init_process_group(
+            "gloo", store=shared, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
+        )
         message = pickle.dumps((True, fn(rank, world_size, *args)))
     except BaseException:  # SystemExit and pytest's outcomes too: the parent must hear of them
         connection.send_bytes(pickle.dumps((False, traceback.format_exc())))

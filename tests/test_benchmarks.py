@@ -18,9 +18,30 @@ from lcl_megatron.data.corpus import Corpus
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
-SMALL = ["--steps", "2", "--warmup-steps", "1", "--rows", "4", "--micro-batch-size", "2", "--seq-length", "128",
-         "--image-size", "32", "--vision-layers", "1", "--vision-width", "64", "--language-layers", "1",
-         "--language-width", "64", "--picture-side", "40"]
+SMALL = [
+    "--steps",
+    "2",
+    "--warmup-steps",
+    "1",
+    "--rows",
+    "4",
+    "--micro-batch-size",
+    "2",
+    "--seq-length",
+    "128",
+    "--image-size",
+    "32",
+    "--vision-layers",
+    "1",
+    "--vision-width",
+    "64",
+    "--language-layers",
+    "1",
+    "--language-width",
+    "64",
+    "--picture-side",
+    "40",
+]
 
 
 def run(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, output: Any) -> tuple[list[str], Any]:
@@ -77,8 +98,18 @@ def test_step_cpu_makes_a_corpus_of_its_own(
 
 
 def test_packing(synthetic: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--data-path", str(synthetic), "--window", "64", "--num-latents", "16", "--seq-length", "512",
-                 "--min-seconds", "0.05"]
+    arguments = [
+        "--data-path",
+        str(synthetic),
+        "--window",
+        "64",
+        "--num-latents",
+        "16",
+        "--seq-length",
+        "512",
+        "--min-seconds",
+        "0.05",
+    ]
     lines, report = run("packing.py", arguments, monkeypatch, capsys)
     assert "60 documents" in lines[0]
     assert report["documents"] == 60

@@ -25,8 +25,12 @@ TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
 def call(tool: str, *arguments: object) -> str:
     """Run a tool in a process of its own; return both of its outputs."""
     result = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *map(str, arguments)], capture_output=True, text=True,
-        timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, check=False,
+        [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        check=False,
     )
     output = result.stdout + result.stderr
     assert result.returncode == 0, output
@@ -69,8 +73,14 @@ def test_from_shards_to_a_probed_encoder(tmp_path: Path, monkeypatch: pytest.Mon
     assert "1 missing file" in output
     assert str(ending_of("preprocess_data", monkeypatch, *source)).startswith("error: ")
 
-    train_and_read(small_config(corpus, training={"train_iters": 4}, checkpoint={"save": str(tmp_path / "save")},
-                                logging={"log_dir": str(tmp_path / "logs")}))
+    train_and_read(
+        small_config(
+            corpus,
+            training={"train_iters": 4},
+            checkpoint={"save": str(tmp_path / "save")},
+            logging={"log_dir": str(tmp_path / "logs")},
+        )
+    )
 
     output = call("plot_curves", tmp_path / "logs", "--output", tmp_path / "all.html", "--names", "digits")
     assert f"wrote {tmp_path / 'all.html'}" in output
@@ -93,8 +103,19 @@ def test_from_shards_to_a_probed_encoder(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_check_reference_reads_a_recorded_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = Sizes(image_size=8, patch_size=4, vision_width=16, vision_layers=1, vision_head_width=16, text_width=24,
-                  text_layers=1, text_heads=1, pool_heads=1, vocab_size=33, context_length=40)
+    sizes = Sizes(
+        image_size=8,
+        patch_size=4,
+        vision_width=16,
+        vision_layers=1,
+        vision_head_width=16,
+        text_width=24,
+        text_layers=1,
+        text_heads=1,
+        pool_heads=1,
+        vocab_size=33,
+        context_length=40,
+    )
     case = record_case(tmp_path, "case", sizes, [(5, 0, 1), (1, 0, 12)])
     assert "0 beyond tolerance" in call("check_reference", case)
     description = json.loads(case.with_suffix(".json").read_text())

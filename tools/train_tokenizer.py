@@ -40,8 +40,10 @@ def main() -> None:
         sys.exit(f"error: {error}")
     print(f"{config.output}: {tokenizer.vocab_size} token ids, fingerprint {tokenizer.fingerprint[:16]}")
     if tokenizer.vocab_size < config.vocab_size:
-        print(f"note: the text is too small for {config.vocab_size} token ids; it gave {tokenizer.vocab_size}",
-              file=sys.stderr)
+        print(
+            f"note: the text is too small for {config.vocab_size} token ids; it gave {tokenizer.vocab_size}",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

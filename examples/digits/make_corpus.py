@@ -75,7 +75,7 @@ def draw_junk(rng: np.random.Generator) -> Image.Image:
     for _ in range(rng.integers(2, 6)):
         top, left = rng.integers(0, IMAGE_SIZE - 8, size=2)
         height, width = rng.integers(4, 24, size=2)
-        picture[top:top + height, left:left + width] = rng.uniform(0, 255, 3)
+        picture[top : top + height, left : left + width] = rng.uniform(0, 255, 3)
     return to_image(picture, rng)
 
 
@@ -128,8 +128,14 @@ def compose_document(images: list[tuple[str, int | None]], rng: np.random.Genera
         else:
             similarity = rng.uniform(0.25, 0.4)
             texts += [announcement(digit, rng), caption(digit, rng)]
-        infos.append({"image_name": name, "raw_url": f"https://digits.invalid/{name}",
-                      "matched_text_index": len(texts) - 1, "matched_sim": round(float(similarity), 4)})
+        infos.append(
+            {
+                "image_name": name,
+                "raw_url": f"https://digits.invalid/{name}",
+                "matched_text_index": len(texts) - 1,
+                "matched_sim": round(float(similarity), 4),
+            }
+        )
         if digit is not None:
             texts.append(follow_up(digit, rng))
         texts += [filler(rng) for _ in range(rng.integers(0, 2))]
@@ -161,7 +167,7 @@ def write_shards(documents: list[dict[str, object]], folder: Path, documents_per
     shards = range(0, len(documents), documents_per_shard)
     for number, begin in enumerate(shards):
         name = f"docs_shard_{number}_v2.jsonl"
-        text = "".join(json.dumps(record) + "\n" for record in documents[begin:begin + documents_per_shard])
+        text = "".join(json.dumps(record) + "\n" for record in documents[begin : begin + documents_per_shard])
         with zipfile.ZipFile(folder / f"{name}.zip", "w") as archive:
             member = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
             archive.writestr(member, text, compress_type=zipfile.ZIP_DEFLATED)

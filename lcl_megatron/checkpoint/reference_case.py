@@ -166,9 +166,7 @@ def compare(case: ReferenceCase) -> list[Comparison]:
             logits = model.target_logits(batch)
         losses = _losses(output, batch, config)
         losses["loss"].backward()
-        gradients = {
-            name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()
-        }
+        gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
     finally:
         groups.destroy()
     found = {
@@ -181,8 +179,10 @@ def compare(case: ReferenceCase) -> list[Comparison]:
     recorded_losses = {name: torch.tensor(case.description[name]) for name in losses}
     official_gradients = to_official(gradients, config)
     return [
-        *(_comparison(f"output.{n}", found.get(f"output.{n}"), t, OUTPUT_TOLERANCE)
-          for n, t in case.group("output").items()),
+        *(
+            _comparison(f"output.{n}", found.get(f"output.{n}"), t, OUTPUT_TOLERANCE)
+            for n, t in case.group("output").items()
+        ),
         *(_comparison(n, losses[n], t, OUTPUT_TOLERANCE) for n, t in recorded_losses.items()),
         *_compare_gradients(case.group("grad"), official_gradients),
     ]

@@ -184,7 +184,7 @@ class CheckpointConfig:
     save: str = ""
     """Folder for checkpoints, one ``step-NNNNNNNN`` folder each; empty = none is written."""
     load: str = ""
-    """Folder of checkpoints to continue from (the newest complete one); empty = ``save`` if it holds any."""
+    """Folder of checkpoints to start from (the newest complete one) while ``save`` holds none."""
     save_interval: int = 1000
     """Steps between checkpoints; one is also written at the end."""
 

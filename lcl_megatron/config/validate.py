@@ -145,11 +145,11 @@ def _check_sequence(config: RunConfig) -> None:
         f"data.seq_length = {seq_length} is longer than language.max_position_embeddings = {limit}: a document that "
         "fills its row would have no position; shorten --seq-length or raise --language.max-position-embeddings",
     )
-    # <BoI>, the latents, <EoI>, and one token of text that is predicted from or before them.
-    shortest = patches + 3
+    # BOS, <BoI>, the latents, <EoI>, EOS.
+    shortest = patches + 4
     require(
         seq_length >= shortest,
-        f"data.seq_length = {seq_length} cannot hold one image: {patches} latents, <BoI>, <EoI> and a text token make "
+        f"data.seq_length = {seq_length} cannot hold one image: {patches} latents, BOS, <BoI>, <EoI> and EOS make "
         f"{shortest}; raise --seq-length, or choose a smaller image or a larger patch",
     )
     heads, width = config.pool.num_attention_heads, config.language.hidden_size

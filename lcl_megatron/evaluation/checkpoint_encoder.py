@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lcl_megatron.checkpoint import native
-from lcl_megatron.config import LossConfig, ParallelConfig, RunConfig
+from lcl_megatron.config import ParallelConfig, RunConfig
 from lcl_megatron.evaluation.features import extract_features
 from lcl_megatron.evaluation.labelled_images import DecodedImages, read_labels
 from lcl_megatron.evaluation.probes import Examples, ProbeReport, probe_encoder
@@ -103,6 +103,5 @@ def _single_process(config: RunConfig) -> RunConfig:
     return dataclasses.replace(
         config,
         parallel=ParallelConfig(),
-        loss=LossConfig(),
         training=dataclasses.replace(config.training, precision="fp32", transformer_impl="torch"),
     )

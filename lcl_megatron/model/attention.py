@@ -29,9 +29,7 @@ class PackedSequences(PackedSeqParams):
     """Every row is one sequence (images), so that rows form a plain batch without a mask."""
 
     @classmethod
-    def of(
-        cls, cu_seqlens: Tensor, max_seqlen: int, row_length: int, one_per_row: bool = False
-    ) -> PackedSequences:
+    def of(cls, cu_seqlens: Tensor, max_seqlen: int, row_length: int, one_per_row: bool = False) -> PackedSequences:
         """Describe packed sequences.
 
         Args:

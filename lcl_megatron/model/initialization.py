@@ -20,9 +20,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lcl_megatron.model.language import TIED_WEIGHT
 from lcl_megatron.model.lcl import LCLModel
-
-_TIED_WEIGHT = "language.embedding.word_embeddings.weight"
 
 
 def initialize_weights(model: LCLModel, seed: int, tp_rank: int = 0, tp_size: int = 1) -> None:
@@ -39,7 +38,7 @@ def initialize_weights(model: LCLModel, seed: int, tp_rank: int = 0, tp_size: in
     """
     for name, parameter in model.named_parameters():
         if name == "language.output_projection.weight" and parameter.shared:
-            name = _TIED_WEIGHT
+            name = TIED_WEIGHT
         split = getattr(parameter, "tensor_model_parallel", False) and tp_size > 1
         shape = list(parameter.shape)
         dim = parameter.partition_dim if split else 0
@@ -76,7 +75,7 @@ def _standard_deviation(model: LCLModel, name: str, shape: list[int]) -> float:
         return vision_width**-0.5
     if name == "language.embedding.position_embeddings":
         return 0.01
-    if name in (_TIED_WEIGHT, "language.output_projection.weight"):
+    if name in (TIED_WEIGHT, "language.output_projection.weight"):
         return 0.02
     if not name.startswith(("vision.layers.", "language.layers.")):
         return (3 * shape[1]) ** -0.5

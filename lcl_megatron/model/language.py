@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from lcl_megatron.data.batch import PackedBatch
 
 
-_TIED_WEIGHT = "language.embedding.word_embeddings.weight"
+TIED_WEIGHT = "language.embedding.word_embeddings.weight"
+"""Name of the token embedding in the whole model; both copies of a tied matrix are saved and drawn under it."""
 
 
 class TokenEmbedding(MegatronModule):
@@ -165,7 +166,7 @@ class OutputProjection(MegatronModule):
         name = f"{prefix}weight"
         sharded = make_tp_sharded_tensor_for_checkpoint(
             tensor=self.weight,
-            key=_TIED_WEIGHT if self.tied else name,
+            key=TIED_WEIGHT if self.tied else name,
             replica_id=(1, 0, dp_cp_group.rank()) if self.tied else None,
             allow_shape_mismatch=True,
             prepend_offsets=sharded_offsets,

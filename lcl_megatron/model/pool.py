@@ -45,9 +45,7 @@ class AttentionPool(MegatronModule):
         keys_NPH = self.key_projection(self.key_layernorm(features_NPC))
         query_H = self.query_projection(self.query_layernorm(self.query))
         query_N1H = query_H.expand(features_NPC.shape[0], 1, -1)
-        heads_first = [
-            x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (query_N1H, keys_NPH, values_NPH)
-        ]
+        heads_first = [x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (query_N1H, keys_NPH, values_NPH)]
         attended_NA1d = F.scaled_dot_product_attention(*heads_first)
         pooled_ND = self.output_projection(attended_NA1d.flatten(1))
         return self.output_projection(values_NPH), pooled_ND

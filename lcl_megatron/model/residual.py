@@ -58,8 +58,8 @@ class VisionLayer(TransformerLayer):
 
         Args:
             hidden_states: (T, 1, C), T tokens of all images, or this rank's part of them.
-            keep: what the attention and the MLP branch are multiplied by, (T, 1, 1) each, or None. An argument and
-                not a state, so that a recomputed forward pass sees the same values.
+            keep: what the attention and the MLP branch are multiplied by, (T, 1, 1) each, or None. Passed at
+                every call, so that a recomputed forward pass sets the same values again.
             kwargs: as for megatron-core's layer.
 
         Returns:

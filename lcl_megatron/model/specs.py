@@ -6,7 +6,7 @@ everywhere. ``transformer_engine``: fused LayerNorm-linear and cuDNN attention; 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ class Runtime:
     """Ranks that share each layer."""
     sequence_parallel: bool = False
     """Whether activations are split over those ranks."""
-    edge: SequenceEdge = WholeSequence()
+    edge: SequenceEdge = field(default_factory=WholeSequence)
     """How sequences are split and read."""
     params_dtype: torch.dtype = torch.float32
     """dtype of parameters and activations."""
@@ -167,11 +167,17 @@ def _layer_submodules(runtime: Runtime, mask: AttnMaskType, branch: ModuleSpec) 
         from megatron.core.extensions import transformer_engine as te
 
         column, row, norm, core = (
-            te.TELayerNormColumnParallelLinear, te.TERowParallelLinear, IdentityOp, te.TEDotProductAttention,
+            te.TELayerNormColumnParallelLinear,
+            te.TERowParallelLinear,
+            IdentityOp,
+            te.TEDotProductAttention,
         )
     else:
         column, row, norm, core = (
-            ColumnParallelLinear, RowParallelLinear, SequenceParallelLayerNorm, TorchCoreAttention,
+            ColumnParallelLinear,
+            RowParallelLinear,
+            SequenceParallelLayerNorm,
+            TorchCoreAttention,
         )
     return TransformerLayerSubmodules(
         input_layernorm=norm,
@@ -190,8 +196,6 @@ def _layer_submodules(runtime: Runtime, mask: AttnMaskType, branch: ModuleSpec) 
             "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
         },
     )
-
-
 
 
 def mark_split_weights(module: nn.Module) -> None:

@@ -81,5 +81,3 @@ def agree(batch: StepBatch, groups: ProcessGroups, stop: bool = False) -> Agreed
         for (begin, end), micro_batch in zip(ranges, batch.micro_batches, strict=True)
     )
     return AgreedStep(batch.step, batch.layout, micro_batches, image_ok.numpy(), bool(flags[num_images]))
-
-

@@ -28,7 +28,7 @@ def gather_rows(local: Tensor, num_rows: Sequence[int], group: ProcessGroup | No
     if group is None or longest == 0:
         return local.detach()
     padded = local.new_zeros((longest, *local.shape[1:]))
-    padded[:local.shape[0]] = local.detach()
+    padded[: local.shape[0]] = local.detach()
     gathered = torch.empty((longest * len(num_rows), *local.shape[1:]), dtype=local.dtype, device=local.device)
     dist.all_gather_into_tensor(gathered, padded, group=group)
     return gathered
@@ -47,5 +47,5 @@ def pad_rows(flat: Tensor, num_rows: Sequence[int]) -> Tensor:
     longest = max(num_rows)
     padded = flat.new_zeros((len(num_rows) * longest, *flat.shape[1:]))
     for rank, part in enumerate(flat.split(list(num_rows))):
-        padded[rank * longest:rank * longest + part.shape[0]] = part
+        padded[rank * longest : rank * longest + part.shape[0]] = part
     return padded

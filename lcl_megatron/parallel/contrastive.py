@@ -37,8 +37,10 @@ class PairSlots:
 
     def __post_init__(self) -> None:
         if self.is_pair.dtype != torch.bool or self.is_pair.shape != (sum(self.num_slots),):
-            raise ValueError(f"is_pair is {self.is_pair.dtype} of shape {tuple(self.is_pair.shape)}; expected bool of "
-                             f"shape ({sum(self.num_slots)},), one per slot of num_slots = {list(self.num_slots)}")
+            raise ValueError(
+                f"is_pair is {self.is_pair.dtype} of shape {tuple(self.is_pair.shape)}; expected bool of "
+                f"shape ({sum(self.num_slots)},), one per slot of num_slots = {list(self.num_slots)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def contrastive_loss(
     _check_shapes(pooled_ND, context_ND, slots, own, 1 if group is None else group.size())
     is_pair_G = pad_rows(slots.is_pair, slots.num_slots).to(pooled_ND.device, non_blocking=True)
     first = own * max(slots.num_slots)
-    is_pair_N = is_pair_G[first:first + pooled_ND.shape[0]]
+    is_pair_N = is_pair_G[first : first + pooled_ND.shape[0]]
     images_ND, contexts_ND = _unit(pooled_ND, is_pair_N), _unit(context_ND, is_pair_N)
 
     local = torch.cat([images_ND.detach(), contexts_ND.detach()], dim=1)
@@ -139,10 +141,11 @@ class _InfoNCE(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, images_ND: Tensor, contexts_ND: Tensor, logit_scale: Tensor,
-                gathered: _Gathered) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, images_ND: Tensor, contexts_ND: Tensor, logit_scale: Tensor, gathered: _Gathered
+    ) -> tuple[Tensor, Tensor, Tensor]:
         is_pair_G, tile, first = gathered.is_pair_G, gathered.tile_size, gathered.first
-        is_pair_N = is_pair_G[first:first + images_ND.shape[0]]
+        is_pair_N = is_pair_G[first : first + images_ND.shape[0]]
         scale = logit_scale.to(images_ND.dtype).exp()
         image_lse_N, image_best_N = streamed_lse(images_ND, gathered.contexts_GD, is_pair_G, scale, tile)
         context_lse_N, context_best_N = streamed_lse(contexts_ND, gathered.images_GD, is_pair_G, scale, tile)
@@ -172,9 +175,11 @@ class _InfoNCE(torch.autograd.Function):
         all_contexts = gathered.contexts_GD, context_lse_G, is_pair_G
         tile = gathered.tile_size
         image_pull_ND, image_expected_N = streamed_gradient(
-            (images_ND, image_lse_G[own], is_pair_N), all_contexts, scale, tile)
+            (images_ND, image_lse_G[own], is_pair_N), all_contexts, scale, tile
+        )
         context_pull_ND, context_expected_N = streamed_gradient(
-            (contexts_ND, context_lse_G[own], is_pair_N), all_images, scale, tile)
+            (contexts_ND, context_lse_G[own], is_pair_N), all_images, scale, tile
+        )
         half = 0.5 * grad_loss
         grad_images_ND = half * scale * (image_pull_ND - 2 * contexts_ND)
         grad_contexts_ND = half * scale * (context_pull_ND - 2 * images_ND)
@@ -194,5 +199,7 @@ def _check_shapes(pooled_ND: Tensor, context_ND: Tensor, slots: PairSlots, own: 
     if len(slots.num_slots) != ranks:
         raise ValueError(f"num_slots names {len(slots.num_slots)} ranks; the group has {ranks}")
     if pooled_ND.shape != context_ND.shape or pooled_ND.shape[0] != slots.num_slots[own]:
-        raise ValueError(f"pooled features {tuple(pooled_ND.shape)} and context features {tuple(context_ND.shape)} "
-                         f"must be equal in shape and have {slots.num_slots[own]} rows, this rank's slots")
+        raise ValueError(
+            f"pooled features {tuple(pooled_ND.shape)} and context features {tuple(context_ND.shape)} "
+            f"must be equal in shape and have {slots.num_slots[own]} rows, this rank's slots"
+        )

@@ -140,11 +140,19 @@ _RANDOM = f"{_CORE}.tensor_parallel.random"
 
 STAND_INS: tuple[StandIn, ...] = (
     # Every parameter, gradient buffer, gathered activation and pipeline receive buffer is made on this device.
-    Attribute("torch.cuda.current_device", "tensor_parallel/layers.py:261,552,597,873,899,1197; mappings.py:91-181; "
-              "distributed/param_and_grad_buffer.py:783-806; pipeline_parallel/p2p_communication.py:190-321; "
-              "dist_checkpointing/strategies/state_dict_saver.py:252", _current_device),
-    Attribute("torch.cuda.synchronize", "pipeline_parallel/p2p_communication.py:242,398; timers.py:152,165; "
-              "dist_checkpointing/strategies/filesystem_async.py:230", _nothing),
+    Attribute(
+        "torch.cuda.current_device",
+        "tensor_parallel/layers.py:261,552,597,873,899,1197; mappings.py:91-181; "
+        "distributed/param_and_grad_buffer.py:783-806; pipeline_parallel/p2p_communication.py:190-321; "
+        "dist_checkpointing/strategies/state_dict_saver.py:252",
+        _current_device,
+    ),
+    Attribute(
+        "torch.cuda.synchronize",
+        "pipeline_parallel/p2p_communication.py:242,398; timers.py:152,165; "
+        "dist_checkpointing/strategies/filesystem_async.py:230",
+        _nothing,
+    ),
     # On a CPU build torch queues these for a CUDA start that never comes: seeds would silently have no effect.
     Attribute("torch.cuda.manual_seed", "tensor_parallel/random.py:237,422", _manual_seed),
     Attribute("torch.cuda.get_rng_state", "tensor_parallel/random.py:235,238", _get_rng_state),
@@ -153,18 +161,24 @@ STAND_INS: tuple[StandIn, ...] = (
     Silence(_RANDOM, "tensor_parallel/random.py:264-265", "CPU RNG state changed within GPU RNG context"),
     # Token counter of the schedules.
     Literal(f"{_CORE}.pipeline_parallel.schedules.forward_backward_no_pipelining", "schedules.py:596"),
-    Literal(f"{_CORE}.pipeline_parallel.schedules.forward_backward_pipelining_without_interleaving",
-            "schedules.py:2138"),
+    Literal(
+        f"{_CORE}.pipeline_parallel.schedules.forward_backward_pipelining_without_interleaving", "schedules.py:2138"
+    ),
     # Scalars of the optimizers, and their sorting of parameters by type name.
     Literal(f"{_CORE}.optimizer.optimizer.MixedPrecisionOptimizer.__init__", "optimizer/optimizer.py:473-485"),
-    Literal(f"{_CORE}.optimizer.optimizer.Float16OptimizerWithFloat16Params.__init__",
-            "optimizer/optimizer.py:671-700"),
+    Literal(
+        f"{_CORE}.optimizer.optimizer.Float16OptimizerWithFloat16Params.__init__", "optimizer/optimizer.py:671-700"
+    ),
     Literal(f"{_CORE}.optimizer.optimizer.FP32Optimizer.__init__", "optimizer/optimizer.py:907"),
-    Literal(f"{_CORE}.optimizer.distrib_optimizer.DistributedOptimizer._build_model_and_main_param_groups",
-            "optimizer/distrib_optimizer.py:361-436"),
+    Literal(
+        f"{_CORE}.optimizer.distrib_optimizer.DistributedOptimizer._build_model_and_main_param_groups",
+        "optimizer/distrib_optimizer.py:361-436",
+    ),
     # Gathers the optimizer state for a checkpoint.
-    MethodName(f"{_CORE}.optimizer.distrib_optimizer.DistributedOptimizer.get_parameter_state_dp_zero",
-               "optimizer/distrib_optimizer.py:1089"),
+    MethodName(
+        f"{_CORE}.optimizer.distrib_optimizer.DistributedOptimizer.get_parameter_state_dp_zero",
+        "optimizer/distrib_optimizer.py:1089",
+    ),
     Literal(f"{_CORE}.optimizer.clip_grads.get_grad_norm_fp32", "optimizer/clip_grads.py:90-115"),
     Literal(f"{_CORE}.optimizer.clip_grads.clip_grad_by_total_norm_fp32", "optimizer/clip_grads.py:167,174"),
     Literal(f"{_CORE}.utils.local_multi_tensor_l2_norm", "utils.py:1207"),

@@ -107,7 +107,7 @@ class Engine:
     def whole_parameters(self) -> Iterator[None]:
         """Make sure that every rank holds the updated parameters, to save or evaluate between two steps.
 
-        With ``overlap_param_gather``, parameters that other ranks have updated arrive only during the next forward pass.
+        With ``overlap_param_gather``, what other ranks have updated arrives only during the next forward pass.
         """
         overlapped = self.config.parallel.overlap_param_gather
         if overlapped:

@@ -158,12 +158,17 @@ def initialize(parallel: ParallelConfig, embedding_ranks: EmbeddingRanks) -> Pro
 
 def _check_layout(parallel: ParallelConfig, world_size: int) -> None:
     """Raise ConfigError unless one model's ranks divide the number of processes."""
-    tp, pp, cp = (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size,
-                  parallel.context_parallel_size)
-    require(world_size % (tp * pp * cp) == 0,
-            f"{world_size} processes cannot be split into models of {tp * pp * cp} "
-            f"(tensor {tp} x pipeline {pp} x context {cp}); start a multiple of {tp * pp * cp} processes or "
-            "change parallel.*_model_parallel_size")
+    tp, pp, cp = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
+    require(
+        world_size % (tp * pp * cp) == 0,
+        f"{world_size} processes cannot be split into models of {tp * pp * cp} "
+        f"(tensor {tp} x pipeline {pp} x context {cp}); start a multiple of {tp * pp * cp} processes or "
+        "change parallel.*_model_parallel_size",
+    )
 
 
 def _host_group(timeout: timedelta) -> ProcessGroup:
@@ -183,8 +188,10 @@ def _start(timeout: timedelta) -> None:
     if has_gpu:
         local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if local_rank >= num_gpus:
-            raise ConfigError(f"LOCAL_RANK = {local_rank}, but this node has {num_gpus} GPUs; "
-                              "start at most one process per GPU (torchrun --nproc-per-node)")
+            raise ConfigError(
+                f"LOCAL_RANK = {local_rank}, but this node has {num_gpus} GPUs; "
+                "start at most one process per GPU (torchrun --nproc-per-node)"
+            )
         torch.cuda.set_device(local_rank)
         device = torch.device("cuda", local_rank)
     if "RANK" in os.environ:

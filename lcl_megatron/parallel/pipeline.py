@@ -131,7 +131,11 @@ class PlannedP2PCommunicator(P2PCommunicator):
     """
 
     def __init__(
-        self, groups: ProcessGroups, schedule: TransformerConfig, stage: Stage, config: RunConfig,
+        self,
+        groups: ProcessGroups,
+        schedule: TransformerConfig,
+        stage: Stage,
+        config: RunConfig,
         images_per_micro_batch: Sequence[int],
     ) -> None:
         super().__init__(pp_group=groups.pp, config=schedule)
@@ -148,9 +152,7 @@ class PlannedP2PCommunicator(P2PCommunicator):
             tensor_shape = next(self._activations)
         elif recv_next:
             tensor_shape = next(self._gradients)
-        return super()._communicate(
-            recv_prev=recv_prev, recv_next=recv_next, tensor_shape=tensor_shape, **kwargs
-        )
+        return super()._communicate(recv_prev=recv_prev, recv_next=recv_next, tensor_shape=tensor_shape, **kwargs)
 
 
 def embedding_ranks(stages: Sequence[Stage], pipeline: list[int]) -> list[int]:

@@ -1,1 +1,1 @@
-"""Setup, step, loop, optimizer, logging and monitors."""
+"""Setup, step, loop, optimizer, reports."""

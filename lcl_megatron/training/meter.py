@@ -20,6 +20,18 @@ if TYPE_CHECKING:
     from lcl_megatron.training.run import Run
     from lcl_megatron.training.step import StepResult
 
+_FEATURE_NAMES = (
+    "features/pooled_std",
+    "features/pooled_effective_rank",
+    "features/context_std",
+    "features/context_effective_rank",
+    "contrast/pair_similarity",
+    "contrast/background_similarity",
+    "contrast/num_negatives",
+    "contrast/logit_scale",
+)
+_FEATURES = len(_FEATURE_NAMES)
+
 
 class Meter:
     """Collects steps since the last report. Tensors stay on the device until a report is due."""
@@ -33,7 +45,7 @@ class Meter:
     def _start(self) -> None:
         self.since = time.perf_counter()
         self.data_wait_s = 0.0
-        self.steps = self.images = self.tokens = self.pairs = self.bad_images = 0
+        self.steps = self.images = self.tokens = self.pairs = 0
         self.flops = 0.0
         self.sums = torch.zeros(4, device=self.run.engine.device)
         self.result: StepResult | None = None
@@ -96,9 +108,7 @@ class Meter:
             "data/fill": self.tokens / self._positions(),
         }
         metrics |= dict(zip(_FEATURE_NAMES, (value / ranks for value in totals[4:]), strict=True))
-        utilization = model_flops_utilization(
-            self.flops, seconds, run.engine.groups.world_size, self.peak_flops
-        )
+        utilization = model_flops_utilization(self.flops, seconds, run.engine.groups.world_size, self.peak_flops)
         if utilization is not None:
             metrics["perf/model_flops_utilization"] = utilization
         self._start()
@@ -123,16 +133,3 @@ class Meter:
             result.losses[-1].logit_scale.exp(),
         ]
         return torch.stack([torch.as_tensor(value).to(self.sums) for value in values])
-
-
-_FEATURE_NAMES = (
-    "features/pooled_std",
-    "features/pooled_effective_rank",
-    "features/context_std",
-    "features/context_effective_rank",
-    "contrast/pair_similarity",
-    "contrast/background_similarity",
-    "contrast/num_negatives",
-    "contrast/logit_scale",
-)
-_FEATURES = len(_FEATURE_NAMES)

@@ -1,7 +1,7 @@
 """Where a run's numbers go: the console, ``metrics.jsonl`` and TensorBoard.
 
 One call per report, on one process. The logger knows how to write numbers, not what they mean: a metric is a name
-with a value, names such as ``loss/generation`` are made by the training step. The only names known here are those
+with a value, names such as ``loss/generation`` are made by ``Meter.report``. The only names known here are those
 that have a column on the console.
 """
 

@@ -105,8 +105,13 @@ def _build(config: RunConfig, corpus: Corpus, plan: Plan, groups: ProcessGroups)
     if groups.rank == 0:
         logger.info(
             "%d processes: tensor %d x pipeline %d x data %d; %.2f M parameters on this rank; step %d of %d",
-            groups.world_size, groups.tp_size, groups.pp_size, groups.dp_size,
-            count_parameters(engine.ddp) / 1e6, progress.step, config.training.train_iters,
+            groups.world_size,
+            groups.tp_size,
+            groups.pp_size,
+            groups.dp_size,
+            count_parameters(engine.ddp) / 1e6,
+            progress.step,
+            config.training.train_iters,
         )
     stop = StopSignal()
     stop.listen()
@@ -140,8 +145,9 @@ def _resume(config: RunConfig, plan: Plan, trainable: native.Trainable) -> nativ
     Raises:
         CheckpointError: ``checkpoint.load`` holds none, or it was trained on other data or in another order.
     """
-    root = config.checkpoint.load or config.checkpoint.save
-    checkpoint = native.find_latest(root) if root else None
+    # ``save`` first: a job that was started with --load and is started again must not lose what it has done since.
+    roots = [root for root in (config.checkpoint.save, config.checkpoint.load) if root]
+    checkpoint = next((found for root in roots if (found := native.find_latest(root))), None)
     if checkpoint is None:
         if config.checkpoint.load:
             raise native.CheckpointError(

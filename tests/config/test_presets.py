@@ -31,7 +31,7 @@ def test_preset_can_run_on_the_hardware_its_header_names(name: str) -> None:
         ("vit_l14_opt125m", 24, 1024, 16, 256),
         ("official_b16", 12, 768, 12, 196),
         ("official_b32", 12, 768, 12, 49),
-        ("tiny", 4, 128, 4, 16),
+        ("tiny", 3, 64, 4, 36),
     ],
 )
 def test_vision_tower(name: str, layers: int, width: int, heads: int, latents: int) -> None:

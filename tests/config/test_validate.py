@@ -111,7 +111,7 @@ def test_default_config_is_valid_on_any_fitting_number_of_processes() -> None:
             1,
             ["data.seq_length = 2049", "language.max_position_embeddings = 2048", "shorten --seq-length"],
         ),
-        ({"data__seq_length": 198}, 1, ["data.seq_length = 198", "196 latents", "make 199", "raise --seq-length"]),
+        ({"data__seq_length": 199}, 1, ["data.seq_length = 199", "196 latents", "make 200", "raise --seq-length"]),
         (
             {"pool__num_attention_heads": 7},
             1,
@@ -138,7 +138,7 @@ def test_wrong_config_raises_what_got_expected_do(fields: dict[str, Any], world_
 @pytest.mark.parametrize(
     "fields",
     [
-        {"data__seq_length": 199},
+        {"data__seq_length": 200},
         {"training__train_iters": 2001},
         {"parallel__pipeline_model_parallel_size": 28, "training__global_batch_size": 8},
         {

@@ -55,8 +55,10 @@ class Mmc4Folder:
 
 def record(texts: list[str], images: list[tuple[str, int, float]]) -> dict[str, Any]:
     """Return an MMC4 record; images are (name, matched_text_index, matched_sim)."""
-    infos = [{"image_name": name, "matched_text_index": index, "matched_sim": similarity, "face_detections": None}
-             for name, index, similarity in images]
+    infos = [
+        {"image_name": name, "matched_text_index": index, "matched_sim": similarity, "face_detections": None}
+        for name, index, similarity in images
+    ]
     return {"text_list": texts, "image_info": infos, "url": "https://example.org/"}
 
 

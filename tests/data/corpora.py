@@ -65,9 +65,15 @@ def random_documents(count: int, seed: int, with_pixels: bool = False) -> list[E
             if segments or kind == ImageKind.INLINE
         )
         images = [
-            stored_image(i, place, float(rng.choice([0.1, 0.3, 0.5])), kind,
-                         jpeg(int(rng.integers(20, 60)), int(rng.integers(20, 60)), seed * 1000 + number * 10 + i)
-                         if with_pixels else b"\xff")
+            stored_image(
+                i,
+                place,
+                float(rng.choice([0.1, 0.3, 0.5])),
+                kind,
+                jpeg(int(rng.integers(20, 60)), int(rng.integers(20, 60)), seed * 1000 + number * 10 + i)
+                if with_pixels
+                else b"\xff",
+            )
             for i, (place, kind) in enumerate(places)
         ]
         documents.append(EncodedDocument(segments, images, Source("docs.jsonl", number + 1)))

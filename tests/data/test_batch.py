@@ -15,12 +15,19 @@ from lcl_megatron.data.batch import PackedBatch, StepLayout
 def make_batch(images: torch.Tensor | None, num_images: int = 2) -> PackedBatch:
     slots = max(1, num_images)
     return PackedBatch(
-        tokens=torch.zeros(1, 8, dtype=torch.int64), labels=torch.zeros(1, 8, dtype=torch.int64),
-        loss_mask=torch.zeros(1, 8, dtype=torch.bool), position_ids=torch.arange(8)[None],
-        cu_seqlens=torch.tensor([0, 8], dtype=torch.int32), max_seqlen=8,
-        label_positions=torch.zeros(0, dtype=torch.int64), image_slots=torch.arange(num_images),
-        context_slots=torch.zeros(slots, dtype=torch.int64), has_context=torch.tensor([True, True][:slots]),
-        image_keys=torch.arange(slots), image_ok=torch.tensor([True, False][:slots]), images=images,
+        tokens=torch.zeros(1, 8, dtype=torch.int64),
+        labels=torch.zeros(1, 8, dtype=torch.int64),
+        loss_mask=torch.zeros(1, 8, dtype=torch.bool),
+        position_ids=torch.arange(8)[None],
+        cu_seqlens=torch.tensor([0, 8], dtype=torch.int32),
+        max_seqlen=8,
+        label_positions=torch.zeros(0, dtype=torch.int64),
+        image_slots=torch.arange(num_images),
+        context_slots=torch.zeros(slots, dtype=torch.int64),
+        has_context=torch.tensor([True, True][:slots]),
+        image_keys=torch.arange(slots),
+        image_ok=torch.tensor([True, False][:slots]),
+        images=images,
         num_images=num_images,
     )
 

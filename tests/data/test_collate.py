@@ -71,7 +71,8 @@ def test_labels_and_masks_equal_a_loop_over_documents(written: WrittenCorpus, ro
         assert tokens.count(special.image) == NUM_LATENTS * len(image_slots)
         for slot in image_slots:
             assert tokens[slot - 1 : slot + NUM_LATENTS + 1] == (
-                [special.boi] + [special.image] * NUM_LATENTS + [special.eoi])
+                [special.boi] + [special.image] * NUM_LATENTS + [special.eoi]
+            )
 
 
 def test_borders_cover_every_row_and_padding_is_a_document(
@@ -113,9 +114,7 @@ def test_packed_rows_equal_documents_one_per_row(written: WrittenCorpus, rows: t
     assert len(together.batch.label_positions) == len(alone.batch.label_positions)
 
 
-def test_image_keys_are_positive_and_name_image_and_epoch(
-    written: WrittenCorpus, rows: tuple[PlannedRow, ...]
-) -> None:
+def test_image_keys_are_positive_and_name_image_and_epoch(written: WrittenCorpus, rows: tuple[PlannedRow, ...]) -> None:
     keys = image_key(np.array([0, 0, 1, 2**40 - 2]), np.array([0, 1, 0, 2**22]))
     assert len(set(keys.tolist())) == 4
     assert keys.min() > BLANK_KEY

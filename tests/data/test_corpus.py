@@ -21,55 +21,13 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from lcl_megatron.config.errors import ConfigError
-from lcl_megatron.data import corpus_writer
 from lcl_megatron.data.corpus import CONTENT_FILES, Corpus
-from lcl_megatron.data.corpus_part import EncodedDocument, PartWriter, StoredImage
-from lcl_megatron.data.corpus_writer import CorpusWriter, write_corpus
-from lcl_megatron.data.document import ImageKind, ImageSegment, Source
+from lcl_megatron.data.corpus_part import EncodedDocument
+from lcl_megatron.data.corpus_writer import write_corpus
+from lcl_megatron.data.document import Source
 from lcl_megatron.data.indexed_file import CorpusError
 from lcl_megatron.data.tokenizer import PIECES, Tokenizer, train_tokenizer
-
-
-def make_documents(count: int, vocab_size: int, seed: int = 0,
-                   shard: str = "docs_shard_7.jsonl") -> list[EncodedDocument]:
-    """Random documents with empty segments, several images per segment, names that are not ASCII, and no images."""
-    rng = np.random.default_rng(seed)
-    documents = []
-    for number in range(count):
-        segments = [rng.integers(7, vocab_size, rng.integers(0, 9)).tolist() for _ in range(rng.integers(1, 6))]
-        places = sorted(rng.integers(0, len(segments), rng.integers(0, 4)).tolist())
-        images = []
-        for index, place in enumerate(places):
-            segment = ImageSegment(f"\u6f22{number}_{index}.jpg", 5 - index, place, float(np.float32(rng.random())),
-                                   ImageKind(int(rng.integers(2))))
-            width, height = (int(side) for side in rng.integers(1, 900, 2))
-            images.append(StoredImage(segment, rng.bytes(int(rng.integers(1, 300))), width, height))
-        documents.append(EncodedDocument(segments, images, Source(shard, 10 + number)))
-    return documents
-
-
-def read_documents(corpus: Corpus) -> list[tuple[object, ...]]:
-    """Everything that a corpus says about its documents, by way of its public attributes."""
-    found = []
-    for document in range(corpus.num_documents):
-        segments = range(*(int(border) for border in corpus.document_segments[document:document + 2]))
-        images = range(*(int(border) for border in corpus.document_images[document:document + 2]))
-        assert [int(corpus.segment_lengths[segment]) for segment in segments] == [
-            len(corpus.segment_tokens(segment)) for segment in segments]
-        found.append((corpus.document_source(document),
-                      [corpus.segment_tokens(segment).tolist() for segment in segments],
-                      [(corpus.image_bytes(image), corpus.image_source(image), int(corpus.image_segment[image]),
-                        float(corpus.image_similarity[image]), int(corpus.image_width[image]),
-                        int(corpus.image_height[image]), int(corpus.image_kind[image])) for image in images]))
-    return found
-
-
-def expected(documents: list[EncodedDocument]) -> list[tuple[object, ...]]:
-    return [(str(document.source), [list(segment) for segment in document.segments],
-             [(image.data, f"{document.source} image {image.segment.number} ({image.segment.name})",
-               image.segment.segment_index, image.segment.similarity, image.width, image.height,
-               int(image.segment.kind))
-              for image in document.images]) for document in documents]
+from tests.data.encoded_documents import expected, make_documents, read_documents
 
 
 @pytest.fixture
@@ -88,9 +46,19 @@ def test_what_was_written_reads_back(corpus: Corpus, documents: list[EncodedDocu
     assert corpus.num_images == sum(len(document.images) for document in documents)
     assert (corpus.vocab_size, corpus.special_tokens) == (tokenizer.vocab_size, tokenizer.special_tokens)
     assert corpus.image_source(0).startswith(str(next(d for d in documents if d.images).source) + " image 5 (")
-    dtypes = [getattr(corpus, name).dtype for name in (
-        "document_segments", "segment_lengths", "document_images", "image_segment", "image_similarity", "image_width",
-        "image_height", "image_kind")]
+    dtypes = [
+        getattr(corpus, name).dtype
+        for name in (
+            "document_segments",
+            "segment_lengths",
+            "document_images",
+            "image_segment",
+            "image_similarity",
+            "image_width",
+            "image_height",
+            "image_kind",
+        )
+    ]
     assert dtypes == ["int64", "int32", "int64", "int32", "float32", "int32", "int32", "uint8"]
     assert corpus.segment_tokens(0).dtype == np.int32
     assert sorted(path.name for path in corpus.path.parent.iterdir()) == ["corpus"]
@@ -132,15 +100,20 @@ def test_the_manifest_counts_and_hashes_every_file(corpus: Corpus, documents: li
     tokens = [[token for segment in document.segments for token in segment] for document in documents]
     flat = [token for document in tokens for token in document]
     assert manifest["counts"] == {
-        "documents": 20, "segments": sum(len(d.segments) for d in documents), "images": corpus.num_images,
-        "tokens": len(flat), "image_bytes": sum(len(i.data) for d in documents for i in d.images)}
+        "documents": 20,
+        "segments": sum(len(d.segments) for d in documents),
+        "images": corpus.num_images,
+        "tokens": len(flat),
+        "image_bytes": sum(len(i.data) for d in documents for i in d.images),
+    }
     assert manifest["tokenizer"]["token_range"] == [min(flat), max(flat)]
     for bound, count in manifest["document_lengths"].items():
         low = int(bound) // 2 if int(bound) > 1 else int(bound) - 1
         assert count == sum(low < len(document) <= int(bound) for document in tokens)
     assert sum(manifest["document_lengths"].values()) == 20
     assert manifest["document_images"] == {
-        str(n): c for n in range(4) if (c := sum(len(d.images) == n for d in documents))}
+        str(n): c for n in range(4) if (c := sum(len(d.images) == n for d in documents))
+    }
     corpus.verify()
 
 
@@ -154,11 +127,20 @@ def test_the_fingerprint_names_the_content(tmp_path: Path, documents: list[Encod
 def byte_tokenizer(vocab_size: int) -> Tokenizer:
     """A tokenizer of any size: special tokens, bytes, and numbered pieces."""
     from sentencepiece import sentencepiece_model_pb2 as proto
+
     small = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["ab ba abba"] * 20), model_writer=small, model_type="bpe", vocab_size=270,
-        hard_vocab_limit=False, byte_fallback=True, pad_id=3, pad_piece=PIECES["pad"], minloglevel=2,
-        control_symbols=[PIECES["boi"], PIECES["eoi"], PIECES["image"]])
+        sentence_iterator=iter(["ab ba abba"] * 20),
+        model_writer=small,
+        model_type="bpe",
+        vocab_size=270,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        pad_id=3,
+        pad_piece=PIECES["pad"],
+        minloglevel=2,
+        control_symbols=[PIECES["boi"], PIECES["eoi"], PIECES["image"]],
+    )
     model = proto.ModelProto()
     model.ParseFromString(small.getvalue())
     for number in range(vocab_size - len(model.pieces)):
@@ -238,15 +220,18 @@ def test_a_flipped_bit_is_found_by_verify(corpus: Corpus, name: str):
         corpus.verify()
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda m: m.update(format_version=99), "version 99; this version reads"),
-    (lambda m: m.update(format="other"), "format 'other'"),
-    (lambda m: m.pop("counts"), "contradicts itself"),
-    (lambda m: m["files"]["tokens.bin"].update(sha256="0" * 64), "contradicts itself"),
-    (lambda m: m["counts"].update(images=1), r"holds \d+ images; its manifest says 1"),
-    (lambda m: m["tokenizer"].update(token_range=[0, 10**6]), "token ids from 0 to 1000000"),
-    (lambda m: m["tokenizer"].update(vocab_size=5), "vocabulary of 5"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(format_version=99), "version 99; this version reads"),
+        (lambda m: m.update(format="other"), "format 'other'"),
+        (lambda m: m.pop("counts"), "contradicts itself"),
+        (lambda m: m["files"]["tokens.bin"].update(sha256="0" * 64), "contradicts itself"),
+        (lambda m: m["counts"].update(images=1), r"holds \d+ images; its manifest says 1"),
+        (lambda m: m["tokenizer"].update(token_range=[0, 10**6]), "token ids from 0 to 1000000"),
+        (lambda m: m["tokenizer"].update(vocab_size=5), "vocabulary of 5"),
+    ],
+)
 def test_a_manifest_that_was_changed_is_refused(corpus: Corpus, change, message: str):
     manifest = json.loads((corpus.path / "manifest.json").read_text(encoding="utf-8"))
     change(manifest)
@@ -321,71 +306,6 @@ def test_an_error_while_overwriting_leaves_the_old_corpus(corpus: Corpus, docume
         write_corpus(corpus.path, interrupted(), tokenizer, overwrite=True)
     assert read_documents(Corpus.open(corpus.path)) == expected(documents)
     corpus.verify()
-
-
-def test_two_writers_of_one_corpus_do_not_mix(tmp_path: Path, tokenizer: Tokenizer):
-    with CorpusWriter(tmp_path / "corpus", tokenizer), pytest.raises(ConfigError, match="another process is writing"):
-        CorpusWriter(tmp_path / "corpus", tokenizer).__enter__()
-
-
-def write_parts(writer: CorpusWriter, shards: list[list[EncodedDocument]], vocab_size: int, first: int) -> None:
-    for number, shard in list(enumerate(shards))[first:]:
-        if not writer.part_folder(number).exists():
-            with PartWriter(writer.part_folder(number), vocab_size, {"name": f"s{number}", "bytes": 1}) as part:
-                for document in shard:
-                    part.add(document)
-        writer.append(writer.part_folder(number))
-
-
-def write_all(writer: CorpusWriter, shards: list[list[EncodedDocument]], vocab_size: int) -> None:
-    with writer:
-        write_parts(writer, shards, vocab_size, 0)
-        writer.commit()
-
-
-class Crash(BaseException):
-    """Stands for the end of the process at some system call."""
-
-
-@pytest.mark.parametrize("call", range(0, 130, 4))
-def test_a_crash_at_any_point_is_taken_up_without_loss_or_repetition(
-        tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, call: int):
-    """The disk is cut off at the n-th flush while parts are appended; the second run must give the same bytes."""
-    size = tokenizer.vocab_size
-    shards = [make_documents(4, size, seed, f"shard_{seed}.jsonl") for seed in range(3)]
-    with CorpusWriter(tmp_path / "clean", tokenizer, "x") as writer:
-        write_parts(writer, shards, size, 0)
-        clean = writer.commit()
-    flush, calls = corpus_writer.os.fsync, iter(range(10_000))
-
-    def failing_flush(descriptor: int) -> None:
-        if next(calls) == call:
-            raise Crash
-        flush(descriptor)
-
-    monkeypatch.setattr(corpus_writer.os, "fsync", failing_flush)
-    writer = CorpusWriter(tmp_path / "corpus", tokenizer, "x")
-    with pytest.raises(Crash):
-        write_all(writer, shards, size)
-    done = len(writer.inputs)
-    monkeypatch.undo()
-    assert not (tmp_path / "corpus").exists()
-    with CorpusWriter(tmp_path / "corpus", tokenizer, "x") as writer:
-        assert len(writer.inputs) in (done, done - 1)
-        write_parts(writer, shards, size, len(writer.inputs))
-        corpus = writer.commit()
-    assert (corpus.path / "manifest.json").read_bytes() == (clean.path / "manifest.json").read_bytes()
-    corpus.verify()
-
-
-def test_left_over_work_with_other_settings_is_discarded(tmp_path: Path, tokenizer: Tokenizer):
-    documents = make_documents(6, tokenizer.vocab_size)
-    with CorpusWriter(tmp_path / "corpus", tokenizer, "old") as writer:
-        write_parts(writer, [documents[:2], documents[2:4]], tokenizer.vocab_size, 0)
-    with CorpusWriter(tmp_path / "corpus", tokenizer, "new") as writer:
-        assert writer.inputs == []
-        write_parts(writer, [documents[4:]], tokenizer.vocab_size, 0)
-        assert read_documents(writer.commit()) == expected(documents[4:])
 
 
 def test_a_corpus_can_be_moved(corpus: Corpus, documents: list[EncodedDocument], tmp_path: Path):

@@ -21,13 +21,21 @@ def test_a_source_prints_as_file_and_line():
 def test_rejects_print_their_source_image_reason_and_detail():
     assert str(Reject(SOURCE, "malformed JSON", "line 1")) == "docs_shard_7.jsonl:1312: malformed JSON: line 1"
     assert str(Reject(SOURCE, "missing file", "", 3, "a1b2.jpg")) == (
-        "docs_shard_7.jsonl:1312 image 3 (a1b2.jpg): missing file")
+        "docs_shard_7.jsonl:1312 image 3 (a1b2.jpg): missing file"
+    )
 
 
-@pytest.mark.parametrize(("kind", "index", "valid"), [
-    (ImageKind.MATCHED, 0, True), (ImageKind.MATCHED, 1, True), (ImageKind.MATCHED, 2, False),
-    (ImageKind.INLINE, 2, True), (ImageKind.INLINE, 3, False), (ImageKind.INLINE, -1, False),
-])
+@pytest.mark.parametrize(
+    ("kind", "index", "valid"),
+    [
+        (ImageKind.MATCHED, 0, True),
+        (ImageKind.MATCHED, 1, True),
+        (ImageKind.MATCHED, 2, False),
+        (ImageKind.INLINE, 2, True),
+        (ImageKind.INLINE, 3, False),
+        (ImageKind.INLINE, -1, False),
+    ],
+)
 def test_only_an_inline_image_may_stand_behind_the_last_segment(kind: ImageKind, index: int, valid: bool):
     if valid:
         assert Document(TEXTS, (image(index, kind),), SOURCE).images[0].segment_index == index

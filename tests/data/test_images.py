@@ -74,9 +74,17 @@ def test_resize_agrees_with_pillow_within_one_of_255(size: tuple[int, int], tole
 @pytest.mark.parametrize(
     ("format_name", "mode", "options"),
     [
-        ("PNG", "RGB", {}), ("PNG", "L", {}), ("PNG", "P", {}), ("PNG", "RGBA", {}), ("PNG", "1", {}),
-        ("BMP", "RGB", {}), ("TIFF", "RGB", {}), ("PPM", "RGB", {}), ("WEBP", "RGB", {"lossless": True}),
-        ("GIF", "P", {}), ("JPEG2000", "RGB", {}),
+        ("PNG", "RGB", {}),
+        ("PNG", "L", {}),
+        ("PNG", "P", {}),
+        ("PNG", "RGBA", {}),
+        ("PNG", "1", {}),
+        ("BMP", "RGB", {}),
+        ("TIFF", "RGB", {}),
+        ("PPM", "RGB", {}),
+        ("WEBP", "RGB", {"lossless": True}),
+        ("GIF", "P", {}),
+        ("JPEG2000", "RGB", {}),
     ],
 )
 def test_lossless_formats_give_the_original_pixels(format_name: str, mode: str, options: dict[str, object]) -> None:
@@ -125,7 +133,9 @@ CORRUPT = {
     "PNG bomb": (png_of_zeros(9_000, 9_000, 9_000), "9000 x 9000 pixels, more than 64000000"),
     "PNG header of 3.6 gigapixels": (png_of_zeros(60_000, 60_000, 1), "60000|exceeds limit"),
     "JPEG header of 4.3 gigapixels": (
-        JPEG[:FRAME] + struct.pack(">HH", 65500, 65500) + JPEG[FRAME + 4 :], "65500|exceeds limit"),
+        JPEG[:FRAME] + struct.pack(">HH", 65500, 65500) + JPEG[FRAME + 4 :],
+        "65500|exceeds limit",
+    ),
     "no pixels": (png_of_zeros(0, 0, 0), "known format|0 x 0"),
     "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n", "known format"),
     "floating point": (encode(Image.fromarray(np.ones((8, 8), dtype=np.float32)), "TIFF"), "has no white"),

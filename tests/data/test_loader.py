@@ -109,15 +109,21 @@ def test_resuming_equals_going_on_also_with_another_global_batch(written: Writte
     (step,) = StepLoader(plan, 0, SIZE, start_step=4, consumed_rows=32, end_step=5)
     keys = [set(step.micro_batches[0].image_keys.tolist())]
     old = make_plan(written.corpus, batch=(8, 8, 1))
-    keys.append({key for s in StepLoader(old, 0, SIZE, start_step=4, end_step=6)
-                 for key in s.micro_batches[0].image_keys.tolist()})
+    keys.append(
+        {
+            key
+            for s in StepLoader(old, 0, SIZE, start_step=4, end_step=6)
+            for key in s.micro_batches[0].image_keys.tolist()
+        }
+    )
     assert keys[0] == keys[1]
 
 
 def test_without_images_everything_else_is_the_same(written: WrittenCorpus) -> None:
     plan = make_plan(written.corpus)
-    for bare, full in zip(StepLoader(plan, 0, SIZE, with_images=False, end_step=3),
-                          StepLoader(plan, 0, SIZE, end_step=3), strict=True):
+    for bare, full in zip(
+        StepLoader(plan, 0, SIZE, with_images=False, end_step=3), StepLoader(plan, 0, SIZE, end_step=3), strict=True
+    ):
         for a, b in zip(bare.micro_batches, full.micro_batches, strict=True):
             assert a.images is None
             assert_equal(a, dataclasses.replace(b, images=None))
@@ -142,8 +148,11 @@ def test_bad_images_are_blank_and_named_and_change_nothing_else(
 ) -> None:
     corpus = write(tmp_path, with_bad_images(written.documents)).corpus
     num_bad = 0
-    for found, good in zip(StepLoader(make_plan(corpus, num_workers), 0, SIZE, end_step=6),
-                           StepLoader(make_plan(written.corpus), 0, SIZE, end_step=6), strict=True):
+    for found, good in zip(
+        StepLoader(make_plan(corpus, num_workers), 0, SIZE, end_step=6),
+        StepLoader(make_plan(written.corpus), 0, SIZE, end_step=6),
+        strict=True,
+    ):
         bad_here = 0
         for a, b in zip(found.micro_batches, good.micro_batches, strict=True):
             assert a.images is not None

@@ -48,8 +48,11 @@ def read_labels(digits: Path) -> list[dict[str, str]]:
 
 def read_documents(digits: Path) -> list[dict[str, object]]:
     shards = sorted((digits / "data").iterdir(), key=lambda path: int(path.name.split("_")[2]))
-    return [json.loads(line) for shard in shards
-            for line in zipfile.ZipFile(shard).read(shard.name.removesuffix(".zip")).splitlines()]
+    return [
+        json.loads(line)
+        for shard in shards
+        for line in zipfile.ZipFile(shard).read(shard.name.removesuffix(".zip")).splitlines()
+    ]
 
 
 def named_digits(text: str) -> set[int]:
@@ -58,8 +61,11 @@ def named_digits(text: str) -> set[int]:
 
 
 def tree_hash(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_the_same_arguments_give_the_same_files_and_another_seed_others(digits: Path, tmp_path: Path):
@@ -80,8 +86,10 @@ def test_a_folder_with_files_is_not_touched(digits: Path):
 
 def test_splits_share_no_scan_and_labels_are_right(digits: Path):
     rows = read_labels(digits)
-    scans = {split: {row["image_name"].split("_")[0] for row in rows if row["split"] == split}
-             for split in ("pretrain", "probe_train", "test")}
+    scans = {
+        split: {row["image_name"].split("_")[0] for row in rows if row["split"] == split}
+        for split in ("pretrain", "probe_train", "test")
+    }
     assert {split: len(names) for split, names in scans.items()} == {"pretrain": 1100, "probe_train": 300, "test": 397}
     assert len(set.union(*scans.values())) == 1797
     target = load_digits().target
@@ -121,14 +129,20 @@ def test_text_before_an_image_names_its_digit_most_of_the_time(digits: Path):
             announced += before == {label[info["image_name"]]}
             wrong += bool(before - {label[info["image_name"]]})
     assert wrong == 0
-    assert announced / total == pytest.approx(0.9, abs=0.03)
+    assert announced / total == pytest.approx(0.95, abs=0.03)
 
 
 def test_the_tools_make_a_corpus_of_it(digits: Path, tmp_path: Path):
     shards = tuple(sorted((digits / "data").iterdir()))
     train_tokenizer(training_texts(shards, 20_000), tmp_path / "tokenizer.model", 512)
-    summary = preprocess(PreprocessConfig(input=shards, image_root=digits / "images", output=tmp_path / "corpus",
-                                          tokenizer_model=tmp_path / "tokenizer.model"))
+    summary = preprocess(
+        PreprocessConfig(
+            input=shards,
+            image_root=digits / "images",
+            output=tmp_path / "corpus",
+            tokenizer_model=tmp_path / "tokenizer.model",
+        )
+    )
     documents = read_documents(digits)
     assert summary.corpus.num_documents == len(documents)
     assert summary.corpus.num_images == sum(len(document["image_info"]) for document in documents)

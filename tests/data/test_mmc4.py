@@ -53,8 +53,10 @@ BROKEN = {
     "no similarity": (changed({"matched_sim": ...}, image=True), "missing field"),
     "similarity null": (changed({"matched_sim": None}, image=True), "wrong type"),
     "similarity string": (changed({"matched_sim": "0.3"}, image=True), "wrong type"),
-    "similarity infinite": (json.dumps(good(9)).encode().replace(b"0.33999999999999997", b"1e999")
-                            .replace(b"0.34", b"1e999"), "wrong type"),
+    "similarity infinite": (
+        json.dumps(good(9)).encode().replace(b"0.33999999999999997", b"1e999").replace(b"0.34", b"1e999"),
+        "wrong type",
+    ),
     "similarity too large": (changed({"matched_sim": 10**400}, image=True), "wrong type"),
     "index boolean": (changed({"matched_text_index": True}, image=True), "wrong type"),
     "index float": (changed({"matched_text_index": 1.0}, image=True), "wrong type"),
@@ -75,7 +77,8 @@ def test_a_broken_line_costs_only_itself(mmc4, name: str, place: int):
     rejects = [item for item in items if isinstance(item, Reject)]
     documents = [item for item in items if isinstance(item, Document)]
     assert [(reject.reason, str(reject.source), reject.image_number) for reject in rejects] == [
-        (reason, f"s.jsonl:{place + 1}", None)]
+        (reason, f"s.jsonl:{place + 1}", None)
+    ]
     assert [(item.segments, item.images) for item in documents] == [(item.segments, item.images) for item in clean]
     assert len(documents) == 3
 
@@ -84,18 +87,22 @@ def test_a_broken_line_costs_only_itself(mmc4, name: str, place: int):
 def test_documents_read_back(mmc4, record, name: str):
     texts = ["First.", "  Second, padded. \n", "", "caf\u00e9 \u6f22\u5b57"]
     images = [("b.jpg", 3, 0.25), ("sub/a.jpg", 0, 0.5), ("c.jpg", 3, 1)]
-    document, = read_mmc4(mmc4.add_shard(name, [b"", b"   ", record(texts, images)]))
+    (document,) = read_mmc4(mmc4.add_shard(name, [b"", b"   ", record(texts, images)]))
     assert isinstance(document, Document)
     assert [segment.text for segment in document.segments] == ["First.", "Second, padded.", "", texts[3]]
     assert str(document.source) == "docs_shard_7_v2.jsonl:3"
     # Sorted by sentence, in the record's order within a sentence; the number is the place in the record.
     assert [(image.name, image.number, image.segment_index, image.similarity) for image in document.images] == [
-        ("sub/a.jpg", 1, 0, 0.5), ("b.jpg", 0, 3, 0.25), ("c.jpg", 2, 3, 1.0)]
+        ("sub/a.jpg", 1, 0, 0.5),
+        ("b.jpg", 0, 3, 0.25),
+        ("c.jpg", 2, 3, 1.0),
+    ]
     assert all(image.kind is ImageKind.MATCHED for image in document.images)
 
 
-@pytest.mark.parametrize("name", ["../x.jpg", "a/../../x.jpg", "/etc/passwd", "a\\..\\x.jpg", "x\x00.jpg", "", ".",
-                                  ".."])
+@pytest.mark.parametrize(
+    "name", ["../x.jpg", "a/../../x.jpg", "/etc/passwd", "a\\..\\x.jpg", "x\x00.jpg", "", ".", ".."]
+)
 def test_a_name_that_could_leave_the_folder_costs_the_image_only(mmc4, record, name: str):
     shard = mmc4.add_shard("s.jsonl", [record(["One.", "Two."], [(name, 0, 0.3), ("fine.jpg", 1, 0.3)])])
     reject, document = read_mmc4(shard)
@@ -121,7 +128,12 @@ def test_a_line_too_long_is_rejected_without_being_held(mmc4, monkeypatch: pytes
     shard.write_bytes(shard.read_bytes()[:-1])
     items = list(read_mmc4(shard))
     assert [(item.source.line, getattr(item, "reason", "")) for item in items] == [
-        (1, ""), (2, "line too long"), (3, ""), (4, "malformed JSON"), (5, "line too long")]
+        (1, ""),
+        (2, "line too long"),
+        (3, ""),
+        (4, "malformed JSON"),
+        (5, "line too long"),
+    ]
 
 
 def test_a_zip_of_several_files_names_the_member(mmc4):
@@ -141,7 +153,7 @@ def test_a_damaged_zip_stops_with_its_name(mmc4, damage: str):
     if damage == "no zip":
         data = bytearray(b"<html>404</html>")
     elif damage == "cut":
-        del data[len(data) // 2:]
+        del data[len(data) // 2 :]
     else:
         data[len(data) // 2] ^= 0xFF
     path.write_bytes(data)
@@ -149,10 +161,16 @@ def test_a_damaged_zip_stops_with_its_name(mmc4, damage: str):
         list(read_mmc4(path))
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(
-                        ["text_list", "image_info", "image_name", "matched_text_index", "matched_sim"]), inner),
-                    max_leaves=12)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["text_list", "image_info", "image_name", "matched_text_index", "matched_sim"]), inner
+        )
+    ),
+    max_leaves=12,
+)
 
 
 @given(st.lists(JSON | st.binary(max_size=30), max_size=6))
@@ -163,14 +181,18 @@ def test_every_line_is_a_document_or_a_reject(tmp_path_factory: pytest.TempPathF
     path.write_bytes(b"\n".join(lines))
     items = [item for item in read_mmc4(path) if isinstance(item, Document) or item.image_number is None]
     assert [item.source.line for item in items] == [
-        number for number, line in enumerate(lines, start=1) if line.strip()]
+        number for number, line in enumerate(lines, start=1) if line.strip()
+    ]
 
 
 def test_real_documents_are_all_kept(shared_mmc4: Path):
     """Oracle: an independent reading of the zip files with the standard library."""
     shards = sorted((shared_mmc4 / "data").glob("*.zip"))
-    expected = [json.loads(line) for shard in shards
-                for line in zipfile.ZipFile(shard).read(shard.name.removesuffix(".zip")).splitlines()]
+    expected = [
+        json.loads(line)
+        for shard in shards
+        for line in zipfile.ZipFile(shard).read(shard.name.removesuffix(".zip")).splitlines()
+    ]
     items = [item for shard in shards for item in read_mmc4(shard)]
     assert len(items) == len(expected) > 0
     for item, raw in zip(items, expected, strict=True):

@@ -73,15 +73,22 @@ def test_skipped_documents_are_counted_by_reason(written: WrittenCorpus) -> None
     assert skipped[NO_SIMILAR_IMAGE] == 250 - sum(good)
     assert skipped[IMAGES_CUT_OFF] > 0
     assert make_plan(written, config=dataclasses.replace(CONFIG, seq_length=2048)).statistics().skipped == {
-        NO_SIMILAR_IMAGE: 250 - sum(good), IMAGES_CUT_OFF: 0}
+        NO_SIMILAR_IMAGE: 250 - sum(good),
+        IMAGES_CUT_OFF: 0,
+    }
 
 
 def test_epochs_and_seeds_differ_in_order(written: WrittenCorpus) -> None:
     plan = make_plan(written)
     rows = plan.num_rows_per_epoch(0)
-    orders = [np.concatenate([r.documents for r in block.rows]).tolist()
-              for block in (plan.sequence.read(0, rows), plan.sequence.read(rows, plan.num_rows_per_epoch(1)),
-                            make_plan(written, seed=SEED + 1).sequence.read(0, 40))]
+    orders = [
+        np.concatenate([r.documents for r in block.rows]).tolist()
+        for block in (
+            plan.sequence.read(0, rows),
+            plan.sequence.read(rows, plan.num_rows_per_epoch(1)),
+            make_plan(written, seed=SEED + 1).sequence.read(0, 40),
+        )
+    ]
     assert orders[0] != orders[1]
     assert orders[0][:40] != orders[2][:40]
 
@@ -197,8 +204,11 @@ def test_impossible_configurations_are_refused(written: WrittenCorpus) -> None:
 
 
 def test_a_corpus_whose_images_are_all_cut_off_is_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
-    documents = [d for d in random_documents(300, 2) if d.segments and len(d.segments[0]) == 40 and d.images
-                 and all(m.segment.segment_index > 0 for m in d.images)]
+    documents = [
+        d
+        for d in random_documents(300, 2)
+        if d.segments and len(d.segments[0]) == 40 and d.images and all(m.segment.segment_index > 0 for m in d.images)
+    ]
     assert documents
     written = write(tmp_path_factory.mktemp("cut"), documents)
     plan = make_plan(written, config=dataclasses.replace(CONFIG, seq_length=20))

@@ -37,8 +37,10 @@ def tree_hash(folder: Path) -> dict[str, str]:
 
 def png_header(width: int, height: int) -> bytes:
     """A PNG that announces a size and holds almost nothing."""
+
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(b"\0" * 64)), chunk(b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
@@ -65,8 +67,9 @@ def shards(mmc4, record) -> list[Path]:
 
 
 def config(mmc4, shards: list[Path], tokenizer_path: Path, output: Path, **changes: object) -> PreprocessConfig:
-    return PreprocessConfig(input=tuple(shards), image_root=mmc4.images, tokenizer_model=tokenizer_path, output=output,
-                            **changes)
+    return PreprocessConfig(
+        input=tuple(shards), image_root=mmc4.images, tokenizer_model=tokenizer_path, output=output, **changes
+    )
 
 
 def read_independently(shard: Path) -> list[tuple[int, dict[str, object]]]:
@@ -118,14 +121,17 @@ def test_the_corpus_holds_what_the_shards_say(mmc4, shards, tokenizer_path, toke
     records = sum(len(read_independently(shard)) for shard in shards)
     assert records > summary.corpus.num_documents
     assert summary.totals.rejected_documents == {
-        "malformed JSON": 5, "no images": records - summary.corpus.num_documents}
+        "malformed JSON": 5,
+        "no images": records - summary.corpus.num_documents,
+    }
     assert len(lines) == 5
     assert f"images     {summary.corpus.num_images:,}" in str(summary)
     assert f"{missing:,} missing file" in str(summary)
     rejects = [json.loads(line) for line in (tmp_path / "corpus" / "rejects.jsonl").read_text().splitlines()]
     assert len(rejects) == missing + 5 + records - summary.corpus.num_documents
     assert {"file": "docs_shard_1_v2.jsonl", "line": 2, "reason": "malformed JSON"}.items() <= next(
-        reject for reject in rejects if reject["file"] == "docs_shard_1_v2.jsonl").items()
+        reject for reject in rejects if reject["file"] == "docs_shard_1_v2.jsonl"
+    ).items()
     assert all(reject["image_name"].endswith(".png") for reject in rejects if reject["reason"] == "missing file")
     assert [entry["name"] for entry in summary.corpus.manifest["inputs"]] == [shard.name for shard in shards]
     assert [entry["bytes"] for entry in summary.corpus.manifest["inputs"]] == [shard.stat().st_size for shard in shards]
@@ -192,8 +198,19 @@ def test_killed_runs_end_in_the_same_bytes(mmc4, shards, tokenizer_path, tmp_pat
 
 
 def tool(mmc4, shards, tokenizer_path, output, *more: str) -> list[str]:
-    return [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", *map(str, shards), "--image-root",
-            str(mmc4.images), "--tokenizer-model", str(tokenizer_path), "--output", str(output), *more]
+    return [
+        sys.executable,
+        str(ROOT / "tools" / "preprocess_data.py"),
+        "--input",
+        *map(str, shards),
+        "--image-root",
+        str(mmc4.images),
+        "--tokenizer-model",
+        str(tokenizer_path),
+        "--output",
+        str(output),
+        *more,
+    ]
 
 
 def test_the_tool_prints_a_summary_and_refuses_to_overwrite(mmc4, shards, tokenizer_path, tmp_path):
@@ -215,9 +232,21 @@ def test_a_locale_without_utf8_changes_no_byte(mmc4, tokenizer_path, tmp_path, r
     shard = mmc4.add_shard("s.jsonl", [record(["\u6f22\u5b57 caf\u00e9"], [(name, 0, 0.5), ("\u00fc.png", 0, 0.5)])])
     preprocess(config(mmc4, [shard], tokenizer_path, tmp_path / "here"))
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
-    done = subprocess.run([sys.executable, "-X", "warn_default_encoding", "-W", "error::EncodingWarning",
-                           *tool(mmc4, [shard], tokenizer_path, tmp_path / "there")[1:]], cwd=ROOT, env=environment,
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-X",
+            "warn_default_encoding",
+            "-W",
+            "error::EncodingWarning",
+            *tool(mmc4, [shard], tokenizer_path, tmp_path / "there")[1:],
+        ],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert tree_hash(tmp_path / "there") == tree_hash(tmp_path / "here")
 
@@ -235,19 +264,34 @@ def test_unusable_images_are_counted_by_reason_and_the_document_stays(mmc4, toke
     (mmc4.images / "near.png").symlink_to(mmc4.images / "good.png")
     os.mkfifo(mmc4.images / "pipe.png")
     Image.new("RGB", (4, 4)).save(mmc4.images / "old.bmp")
-    reasons = {"good.png": None, "page.jpg": "not an image", "empty.jpg": "not an image", "bomb.png": "too many pixels",
-               "large.png": "too many pixels", "folder.png": "unreadable file", "link.png": "unsafe image name",
-               "near.png": None, "pipe.png": "unreadable file", "old.bmp": "not an image", "absent.png": "missing file",
-               "good.png/x": "missing file", "x" * 300: "unreadable file", "../secret.png": "unsafe image name",
-               str(outside): "unsafe image name"}
+    reasons = {
+        "good.png": None,
+        "page.jpg": "not an image",
+        "empty.jpg": "not an image",
+        "bomb.png": "too many pixels",
+        "large.png": "too many pixels",
+        "folder.png": "unreadable file",
+        "link.png": "unsafe image name",
+        "near.png": None,
+        "pipe.png": "unreadable file",
+        "old.bmp": "not an image",
+        "absent.png": "missing file",
+        "good.png/x": "missing file",
+        "x" * 300: "unreadable file",
+        "../secret.png": "unsafe image name",
+        str(outside): "unsafe image name",
+    }
     shard = mmc4.add_shard("s.jsonl", [record(["One."], [(name, 0, 0.3) for name in reasons])])
     summary = preprocess(config(mmc4, [shard], tokenizer_path, tmp_path / "corpus", max_rejected_image_share=1.0))
     rejects = [json.loads(line) for line in (tmp_path / "corpus" / "rejects.jsonl").read_text().splitlines()]
     assert {reject["image_name"]: reject["reason"] for reject in rejects} == {
-        name: reason for name, reason in reasons.items() if reason}
+        name: reason for name, reason in reasons.items() if reason
+    }
     assert summary.corpus.num_documents == 1
     assert [summary.corpus.image_source(image) for image in range(2)] == [
-        "s.jsonl:1 image 0 (good.png)", "s.jsonl:1 image 7 (near.png)"]
+        "s.jsonl:1 image 0 (good.png)",
+        "s.jsonl:1 image 7 (near.png)",
+    ]
     assert summary.totals.rejected_images.total() == len(reasons) - 2
 
 
@@ -263,8 +307,12 @@ def test_pixel_and_byte_limits_are_exact(mmc4):
 
 def test_a_wrong_image_folder_is_an_error_and_not_an_empty_corpus(mmc4, shards, tokenizer_path, tmp_path):
     (tmp_path / "elsewhere").mkdir()
-    job = PreprocessConfig(input=tuple(shards), image_root=tmp_path / "elsewhere", tokenizer_model=tokenizer_path,
-                           output=tmp_path / "corpus")
+    job = PreprocessConfig(
+        input=tuple(shards),
+        image_root=tmp_path / "elsewhere",
+        tokenizer_model=tokenizer_path,
+        output=tmp_path / "corpus",
+    )
     with pytest.raises(ConfigError, match=r"images cannot be used \(100%.*missing file.*elsewhere right"):
         preprocess(job)
     assert not (tmp_path / "corpus").exists()
@@ -276,8 +324,9 @@ def test_inputs_are_checked_before_anything_is_read(mmc4, shards, tokenizer_path
     with pytest.raises(ConfigError, match="more than once: docs_shard_0_v2.jsonl"):
         config(mmc4, [*shards, mmc4.path / "images" / ".." / shards[0].name], tokenizer_path, tmp_path / "corpus")
     with pytest.raises(ConfigError, match="is not a folder"):
-        PreprocessConfig(input=tuple(shards), image_root=tmp_path / "no", tokenizer_model=tokenizer_path,
-                         output=tmp_path / "corpus")
+        PreprocessConfig(
+            input=tuple(shards), image_root=tmp_path / "no", tokenizer_model=tokenizer_path, output=tmp_path / "corpus"
+        )
 
 
 def test_inputs_of_equal_name_are_told_apart():
@@ -287,8 +336,14 @@ def test_inputs_of_equal_name_are_told_apart():
 
 def test_real_documents(shared_mmc4, tokenizer_path, tokenizer, tmp_path):
     shards = sorted((shared_mmc4 / "data").glob("*.zip"))
-    summary = preprocess(PreprocessConfig(
-        input=tuple(shards), image_root=shared_mmc4 / "images", tokenizer_model=tokenizer_path,
-        output=tmp_path / "corpus", num_workers=2))
+    summary = preprocess(
+        PreprocessConfig(
+            input=tuple(shards),
+            image_root=shared_mmc4 / "images",
+            tokenizer_model=tokenizer_path,
+            output=tmp_path / "corpus",
+            num_workers=2,
+        )
+    )
     assert check_against_shards(summary.corpus, tokenizer, shards, shared_mmc4 / "images") == 0
     assert summary.totals.rejected_documents.total() == 0

@@ -30,9 +30,19 @@ def test_special_tokens_are_the_models_control_symbols(tokenizer: Tokenizer):
     assert max(ids) < tokenizer.vocab_size == stock.vocab_size()
 
 
-HOSTILE = [*MARKS, *(mark.upper() for mark in MARKS), *(mark.lower() for mark in MARKS),
-           *("".join(pair) for pair in itertools.product(MARKS, repeat=2)),
-           " ".join(MARKS), "<<s>>", "a<image>b", "\u2581<BoI>", "<unk>", "<0x0A>", "< image >"]
+HOSTILE = [
+    *MARKS,
+    *(mark.upper() for mark in MARKS),
+    *(mark.lower() for mark in MARKS),
+    *("".join(pair) for pair in itertools.product(MARKS, repeat=2)),
+    " ".join(MARKS),
+    "<<s>>",
+    "a<image>b",
+    "\u2581<BoI>",
+    "<unk>",
+    "<0x0A>",
+    "< image >",
+]
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -68,6 +78,7 @@ def survivor() -> Tokenizer:
     """A tokenizer that has seen almost nothing, so that most characters fall back to bytes."""
     if not _SURVIVOR:
         import tempfile
+
         with tempfile.TemporaryDirectory() as folder:
             _SURVIVOR.append(train_tokenizer(["a small cat", "a small dog"], Path(folder) / "t.model", 300))
     return _SURVIVOR[0]
@@ -100,8 +111,14 @@ def test_a_pickled_tokenizer_is_the_same(tokenizer: Tokenizer):
 def train_stock(path: Path, **options: object) -> None:
     """Train a tokenizer as other projects have them, without this project's special tokens."""
     texts = [f"some text {index} about cats" for index in range(200)]
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_prefix=str(path.with_suffix("")),
-                                             vocab_size=60, hard_vocab_limit=False, minloglevel=2, **options)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_prefix=str(path.with_suffix("")),
+        vocab_size=60,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **options,
+    )
 
 
 def test_a_model_without_the_special_tokens_is_refused(tmp_path: Path):

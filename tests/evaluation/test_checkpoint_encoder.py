@@ -47,8 +47,15 @@ def train_and_see(config: Any) -> Tensor | None:
 
 
 def config_of(data: DataFolder, save: Path, **sections: dict[str, Any]) -> Any:
-    return small_config(data.corpus, **{"vision": {"drop_path_rate": 0.4}, "checkpoint": {"save": str(save)},
-                                        "training": {"train_iters": 4}, **sections})
+    return small_config(
+        data.corpus,
+        **{
+            "vision": {"drop_path_rate": 0.4},
+            "checkpoint": {"save": str(save)},
+            "training": {"train_iters": 4},
+            **sections,
+        },
+    )
 
 
 def test_the_encoder_of_a_checkpoint_is_the_one_that_was_trained(data: DataFolder, tmp_path: Path) -> None:

@@ -15,8 +15,12 @@ GENERATOR = torch.Generator().manual_seed(0)
 
 def test_everything_when_there_is_no_pair_is_zero():
     nothing = torch.zeros(0, 8)
-    assert [feature_std(nothing).item(), effective_rank(nothing).item(), alignment(nothing, nothing).item(),
-            background_similarity(nothing, nothing).item()] == [0.0] * 4
+    assert [
+        feature_std(nothing).item(),
+        effective_rank(nothing).item(),
+        alignment(nothing, nothing).item(),
+        background_similarity(nothing, nothing).item(),
+    ] == [0.0] * 4
     assert effective_rank(torch.zeros(3, 8)).item() == 0.0
 
 
@@ -29,7 +33,7 @@ def test_features_when_collapsed_to_a_point_have_no_spread_and_one_direction(num
 
 @pytest.mark.parametrize("shape", [(4, 4), (4, 9), (12, 4)])
 def test_effective_rank_when_features_are_one_hot_is_their_number(shape):
-    features = torch.eye(4).repeat(math.ceil(shape[0] / 4), math.ceil(shape[1] / 4))[:shape[0], :shape[1]]
+    features = torch.eye(4).repeat(math.ceil(shape[0] / 4), math.ceil(shape[1] / 4))[: shape[0], : shape[1]]
     features[:, 4:] = 0
     assert effective_rank(features).item() == pytest.approx(4.0, abs=1e-9)
 

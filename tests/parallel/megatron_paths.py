@@ -28,8 +28,15 @@ SEED = 7
 
 
 def _config(dtype: torch.dtype = torch.float32, **changes: Any) -> TransformerConfig:
-    return TransformerConfig(num_layers=2, hidden_size=4, num_attention_heads=1, params_dtype=dtype,
-                             pipeline_dtype=dtype, bf16=dtype == torch.bfloat16, **changes)
+    return TransformerConfig(
+        num_layers=2,
+        hidden_size=4,
+        num_attention_heads=1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        **changes,
+    )
 
 
 class _Scale(MegatronModule):
@@ -106,15 +113,22 @@ def _train_step(config: TransformerConfig, ddp: DistributedDataParallel, is_last
 
     config.no_sync_func = ddp.no_sync
     reports = get_forward_backward_func()(
-        forward_step_func=forward_step, data_iterator=None, model=[ddp], num_microbatches=3, seq_length=2,
-        micro_batch_size=1, forward_only=False)
+        forward_step_func=forward_step,
+        data_iterator=None,
+        model=[ddp],
+        num_microbatches=3,
+        seq_length=2,
+        micro_batch_size=1,
+        forward_only=False,
+    )
     assert [float(report["loss"]) for report in reports] == ([8.0] * 3 if is_last else [])
     assert ddp.module.weight.main_grad.tolist() == [6.0] * 4
 
 
 def _wrapped(config: TransformerConfig, use_distributed_optimizer: bool = True) -> DistributedDataParallel:
-    settings = DistributedDataParallelConfig(use_distributed_optimizer=use_distributed_optimizer,
-                                             overlap_grad_reduce=True)
+    settings = DistributedDataParallelConfig(
+        use_distributed_optimizer=use_distributed_optimizer, overlap_grad_reduce=True
+    )
     return DistributedDataParallel(config, settings, _Scale(config))
 
 
@@ -135,8 +149,15 @@ def run_pipeline(rank: int, world_size: int) -> None:
 def _optimizer(dtype: torch.dtype, distributed: bool) -> tuple[DistributedDataParallel, MegatronOptimizer]:
     _alone()
     ddp = _wrapped(_config(dtype), distributed)
-    settings = OptimizerConfig(optimizer="adam", lr=0.5, weight_decay=0.0, clip_grad=0.0, params_dtype=dtype,
-                               bf16=dtype == torch.bfloat16, use_distributed_optimizer=distributed)
+    settings = OptimizerConfig(
+        optimizer="adam",
+        lr=0.5,
+        weight_decay=0.0,
+        clip_grad=0.0,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_distributed_optimizer=distributed,
+    )
     return ddp, get_megatron_optimizer(settings, [ddp], use_gloo_process_groups=False)
 
 

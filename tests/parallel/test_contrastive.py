@@ -45,22 +45,41 @@ def _on_rank(rank: int, world_size: int, num_slots: Sequence[int], is_pair: Tens
     pooled[~is_pair], context[~is_pair] = torch.nan, torch.nan
     begin = sum(num_slots[:rank])
     own = slice(begin, begin + num_slots[rank])
-    leaves = {"pooled": _leaf(pooled[own]), "context": _leaf(context[own]),
-              "logit_scale": _leaf(torch.tensor(2.0, dtype=torch.float64))}
+    leaves = {
+        "pooled": _leaf(pooled[own]),
+        "context": _leaf(context[own]),
+        "logit_scale": _leaf(torch.tensor(2.0, dtype=torch.float64)),
+    }
     output = contrastive_loss(*leaves.values(), PairSlots(num_slots, is_pair), dist.group.WORLD, tile)
     dist.destroy_process_group()  # any communication from here on would raise
     output.loss_sum.backward()
     gradients = {f"d{name}": leaf.grad for name, leaf in leaves.items()}
-    figures = {name: getattr(output, name).detach()
-               for name in ("loss_sum", "num_pairs", "image_hits", "context_hits", "similarity_sum")}
-    return {**gradients, **figures, "images": output.images_GD[output.is_pair_G],
-            "contexts": output.contexts_GD[output.is_pair_G]}
+    figures = {
+        name: getattr(output, name).detach()
+        for name in ("loss_sum", "num_pairs", "image_hits", "context_hits", "similarity_sum")
+    }
+    return {
+        **gradients,
+        **figures,
+        "images": output.images_GD[output.is_pair_G],
+        "contexts": output.contexts_GD[output.is_pair_G],
+    }
 
 
 CASES = [
-    [4], [1], [0],
-    [3, 3], [5, 2], [0, 4], [4, 0], [1, 1], [0, 0],
-    [2, 5, 0, 3], [0, 0, 1, 0], [3, 1, 2, 4], [0, 0, 0, 0],
+    [4],
+    [1],
+    [0],
+    [3, 3],
+    [5, 2],
+    [0, 4],
+    [4, 0],
+    [1, 1],
+    [0, 0],
+    [2, 5, 0, 3],
+    [0, 0, 1, 0],
+    [3, 1, 2, 4],
+    [0, 0, 0, 0],
 ]
 
 
@@ -74,15 +93,19 @@ def test_loss_and_gradients_when_ranks_differ_equal_full_matrix(num_slots, tile,
     ranks = run_distributed(_on_rank, len(num_slots), num_slots, is_pair, tile)
 
     pooled, context = _features(num_slots)
-    expected = {"pooled": _leaf(pooled), "context": _leaf(context),
-                "logit_scale": _leaf(torch.tensor(2.0, dtype=torch.float64))}
+    expected = {
+        "pooled": _leaf(pooled),
+        "context": _leaf(context),
+        "logit_scale": _leaf(torch.tensor(2.0, dtype=torch.float64)),
+    }
     loss, cosines = _full_matrix(*expected.values(), is_pair)
     loss.backward()
     assert not any(leaf.grad.isnan().any() for leaf in expected.values())
 
     def close(got: Tensor, wanted: Tensor) -> None:
-        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-13 * max(1.0, float(wanted.abs().amax()))
-                                   if wanted.numel() else 0.0)
+        torch.testing.assert_close(
+            got, wanted, rtol=1e-12, atol=1e-13 * max(1.0, float(wanted.abs().amax())) if wanted.numel() else 0.0
+        )
 
     close(sum(rank["loss_sum"] for rank in ranks), loss.detach())
     close(sum(rank["dlogit_scale"] for rank in ranks), expected["logit_scale"].grad)
@@ -90,8 +113,10 @@ def test_loss_and_gradients_when_ranks_differ_equal_full_matrix(num_slots, tile,
         close(torch.cat([rank[f"d{name}"] for rank in ranks]), expected[name].grad)
     close(sum(rank["similarity_sum"] for rank in ranks), cosines.detach().diagonal().sum())
     own = torch.arange(len(cosines))
-    hits = [int((best == own).sum()) if len(own) else 0
-            for best in ((cosines.argmax(1), cosines.argmax(0)) if len(own) else (own, own))]
+    hits = [
+        int((best == own).sum()) if len(own) else 0
+        for best in ((cosines.argmax(1), cosines.argmax(0)) if len(own) else (own, own))
+    ]
     assert [int(sum(rank[name] for rank in ranks)) for name in ("image_hits", "context_hits")] == hits
     assert [int(rank["num_pairs"]) for rank in ranks] == [int(part.sum()) for part in is_pair.split(num_slots)]
     for rank in ranks:
@@ -133,8 +158,9 @@ def test_loss_when_features_have_few_bits_is_computed_in_float32(dtype, rtol):
     loss.backward()
     assert output.loss_sum.dtype == torch.float32
     assert output.loss_sum.item() == pytest.approx(loss.item(), rel=rtol)
-    for got, wanted, grad_rtol in zip(leaves, exact, (torch.finfo(dtype).eps, torch.finfo(dtype).eps, 1e-6),
-                                      strict=True):
+    for got, wanted, grad_rtol in zip(
+        leaves, exact, (torch.finfo(dtype).eps, torch.finfo(dtype).eps, 1e-6), strict=True
+    ):
         assert got.grad.dtype == got.dtype
         worst = float((got.grad.double() - wanted.grad).abs().max() / wanted.grad.abs().max())
         assert worst < max(grad_rtol, 1e-5)

@@ -36,8 +36,14 @@ def test_groups_when_layout_varies_follow_the_rank_numbering(tp, pp, dp):
         ranks = torch.tensor([rank])
         dist.all_reduce(ranks, group=made.host)
         made.barrier()
-        return {"place": place, "host": int(ranks), **{name: _members(getattr(made.collection, name))
-                                   for name in ("tp", "pp", "cp", "dp", "dp_cp", "mp", "embd", "pos_embd")}}
+        return {
+            "place": place,
+            "host": int(ranks),
+            **{
+                name: _members(getattr(made.collection, name))
+                for name in ("tp", "pp", "cp", "dp", "dp_cp", "mp", "embd", "pos_embd")
+            },
+        }
 
     for rank, got in enumerate(run_distributed(members, tp * pp * dp)):
         t, d, p = rank % tp, rank // tp % dp, rank // (tp * dp)
@@ -62,8 +68,11 @@ def test_layout_when_it_does_not_divide_is_refused_with_the_numbers():
     def refuse(rank: int, world_size: int) -> None:
         groups.initialize(_layout(2, 2), _last_two)
 
-    with pytest.raises(RankError, match=r"ConfigError: 3 processes cannot be split into models of 4 "
-                                        r"\(tensor 2 x pipeline 2 x context 1\); start a multiple of 4"):
+    with pytest.raises(
+        RankError,
+        match=r"ConfigError: 3 processes cannot be split into models of 4 "
+        r"\(tensor 2 x pipeline 2 x context 1\); start a multiple of 4",
+    ):
         run_distributed(refuse, 3)
 
 
@@ -88,9 +97,15 @@ def test_groups_when_launched_by_torchrun_span_the_processes(tmp_path):
         "from lcl_megatron.parallel import groups\n"
         "made = groups.initialize(ParallelConfig(tensor_model_parallel_size=2), lambda pipeline: pipeline)\n"
         f"open(r'{tmp_path}/' + str(made.rank), 'w').write(made.describe())\n"
-        "made.destroy()\n")
+        "made.destroy()\n"
+    )
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)],
-                   check=True, env=environment, capture_output=True, timeout=180)
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)],
+        check=True,
+        env=environment,
+        capture_output=True,
+        timeout=180,
+    )
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["rank 0 (dp0 pp0 tp0)", "rank 1 (dp0 pp0 tp1)"]

@@ -55,12 +55,22 @@ ZERO_GRADIENTS = {"pool.key_projection.bias", "pool.key_layernorm.bias"}
 
 CONFIG = RunConfig(
     vision=VisionConfig(
-        image_size=28, patch_size=14, num_layers=3, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4,
-        layer_scale_init=1.0, drop_path_rate=0.4,
+        image_size=28,
+        patch_size=14,
+        num_layers=3,
+        hidden_size=32,
+        ffn_hidden_size=64,
+        num_attention_heads=4,
+        layer_scale_init=1.0,
+        drop_path_rate=0.4,
     ),
     pool=PoolConfig(num_attention_heads=4),
     language=LanguageConfig(
-        num_layers=2, hidden_size=48, ffn_hidden_size=64, num_attention_heads=4, vocab_size=100,
+        num_layers=2,
+        hidden_size=48,
+        ffn_hidden_size=64,
+        num_attention_heads=4,
+        vocab_size=100,
         max_position_embeddings=64,
     ),
     # A large weight, so that an error in the contrast is not hidden behind the generation loss.
@@ -116,8 +126,13 @@ LAYOUTS = [
     Layout("pp4", 1, cuts=("vision.1", "pool", "heads")),
     Layout("tp2 x pp2", 2, tensor=2, cuts=("language.1",)),
     Layout("tp2 x pp2, sequence parallel, inside the ViT", 1, tensor=2, sequence_parallel=True, cuts=("vision.2",)),
-    Layout("tp2 x pp2, sequence parallel, before the embedding", 2, tensor=2, sequence_parallel=True,
-           cuts=("language.embed",)),
+    Layout(
+        "tp2 x pp2, sequence parallel, before the embedding",
+        2,
+        tensor=2,
+        sequence_parallel=True,
+        cuts=("language.embed",),
+    ),
     Layout("dp2 x pp2", 1, data_parallel_size=2, cuts=("vision.2",)),
     Layout("dp2 x tp2", 1, data_parallel_size=2, tensor=2),
     Layout("dp2 x tp2, sequence parallel", 2, data_parallel_size=2, tensor=2, sequence_parallel=True),

@@ -30,8 +30,8 @@ def _train(rank: int, world_size: int, parallel: ParallelConfig, tied: bool) -> 
         CONFIG,
         parallel=parallel,
         language=dataclasses.replace(CONFIG.language, tie_embeddings=tied),
-        # Usual Adam makes a step of full length out of the rounding noise of a zero gradient (a key bias has none); with
-        # so large an epsilon, steps are proportional to gradients.
+        # Usual Adam makes a step of full length out of the rounding noise of a zero gradient (a key bias has none);
+        # with so large an epsilon, steps are proportional to gradients.
         optimizer=OptimizerConfig(lr=0.1, adam_eps=1.0, lr_warmup_iters=1),
         training=dataclasses.replace(CONFIG.training, micro_batch_size=1, train_iters=10),
     )

@@ -113,7 +113,10 @@ class DataFolder:
         """Make the corpus as ``tools/preprocess_data.py`` does."""
         return preprocess(
             PreprocessConfig(
-                input=(self.shard,), image_root=self.images, tokenizer_model=self.tokenizer, output=self.corpus,
+                input=(self.shard,),
+                image_root=self.images,
+                tokenizer_model=self.tokenizer,
+                output=self.corpus,
                 **changes,
             )
         )
@@ -123,17 +126,29 @@ def small_config(corpus: Path, **sections: dict[str, Any]) -> RunConfig:
     """One process, fp32, two layers of width 64 on 16 px images, all in this process; ``sections`` change fields."""
     config = RunConfig(
         vision=VisionConfig(
-            image_size=IMAGE_SIZE, patch_size=8, num_layers=2, hidden_size=64, ffn_hidden_size=128,
-            num_attention_heads=4, drop_path_rate=0.0,
+            image_size=IMAGE_SIZE,
+            patch_size=8,
+            num_layers=2,
+            hidden_size=64,
+            ffn_hidden_size=128,
+            num_attention_heads=4,
+            drop_path_rate=0.0,
         ),
         pool=PoolConfig(num_attention_heads=4),
         language=LanguageConfig(
             num_layers=2, hidden_size=64, ffn_hidden_size=128, num_attention_heads=4, max_position_embeddings=64
         ),
-        data=DataConfig(data_path=str(corpus), seq_length=48, packing_window=64, num_workers=0, crop_scale=(1.0, 1.0),
-                        crop_ratio=(1.0, 1.0)),
-        training=TrainingConfig(train_iters=8, global_batch_size=4, micro_batch_size=4, precision="fp32",
-                                transformer_impl="torch"),
+        data=DataConfig(
+            data_path=str(corpus),
+            seq_length=48,
+            packing_window=64,
+            num_workers=0,
+            crop_scale=(1.0, 1.0),
+            crop_ratio=(1.0, 1.0),
+        ),
+        training=TrainingConfig(
+            train_iters=8, global_batch_size=4, micro_batch_size=4, precision="fp32", transformer_impl="torch"
+        ),
         optimizer=OptimizerConfig(lr=3e-3, lr_warmup_iters=2),
         checkpoint=CheckpointConfig(),
         logging=LoggingConfig(log_interval=1),

@@ -94,9 +94,7 @@ def test_records_and_files_that_cannot_be_used_cost_only_themselves(tmp_path: Pa
 # While training: blank, out of both sides of the contrast, counted, named.
 
 
-def test_truncated_images_change_nothing_but_their_own_part(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_truncated_images_change_nothing_but_their_own_part(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Equal to the same run with mean-coloured pictures in these places, left out of the contrast by hand."""
     bad = ("1a.png", "4b.png", "7a.png", "7b.png")
     damaged, by_hand = new_data(tmp_path / "damaged"), new_data(tmp_path / "by_hand")
@@ -278,8 +276,9 @@ def test_load_without_a_checkpoint(tmp_path: Path, intact: DataFolder, checkpoin
 
 
 def test_a_checkpoint_of_another_architecture(intact: DataFolder, checkpoints: Path) -> None:
-    config = small_config(intact.corpus, checkpoint={"load": str(checkpoints)}, language={"num_layers": 3},
-                          vision={"class_token": False})
+    config = small_config(
+        intact.corpus, checkpoint={"load": str(checkpoints)}, language={"num_layers": 3}, vision={"class_token": False}
+    )
     with pytest.raises(native.CheckpointError) as caught:
         open_run(config)
     message = str(caught.value)

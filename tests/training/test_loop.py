@@ -35,14 +35,31 @@ PATIENCE_S = 120.0
 """How long a process may take for what takes seconds on an idle machine."""
 
 REPORTED = {
-    "loss/total", "loss/generation", "loss/contrastive",
-    "contrast/image_to_context_accuracy", "contrast/context_to_image_accuracy", "contrast/num_pairs",
-    "contrast/num_negatives", "contrast/pair_similarity", "contrast/background_similarity", "contrast/logit_scale",
-    "features/pooled_std", "features/pooled_effective_rank", "features/context_std",
+    "loss/total",
+    "loss/generation",
+    "loss/contrastive",
+    "contrast/image_to_context_accuracy",
+    "contrast/context_to_image_accuracy",
+    "contrast/num_pairs",
+    "contrast/num_negatives",
+    "contrast/pair_similarity",
+    "contrast/background_similarity",
+    "contrast/logit_scale",
+    "features/pooled_std",
+    "features/pooled_effective_rank",
+    "features/context_std",
     "features/context_effective_rank",
-    "optimizer/learning_rate", "optimizer/grad_norm",
-    "perf/images_per_s", "perf/tokens_per_s", "perf/step_ms", "perf/data_wait_ms", "perf/tflops_per_device",
-    "data/bad_images", "data/consumed_rows", "data/consumed_images", "data/fill",
+    "optimizer/learning_rate",
+    "optimizer/grad_norm",
+    "perf/images_per_s",
+    "perf/tokens_per_s",
+    "perf/step_ms",
+    "perf/data_wait_ms",
+    "perf/tflops_per_device",
+    "data/bad_images",
+    "data/consumed_rows",
+    "data/consumed_images",
+    "data/fill",
 }
 """Names are an interface: dashboards and ``plot_curves`` read them."""
 
@@ -63,8 +80,9 @@ def test_a_run_leaves_reports_curves_and_checkpoints(
     corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     logs, save = tmp_path / "logs", tmp_path / "save"
-    config = small_config(corpus, logging={"log_dir": str(logs), "log_interval": 3},
-                          checkpoint={"save": str(save), "save_interval": 5})
+    config = small_config(
+        corpus, logging={"log_dir": str(logs), "log_interval": 3}, checkpoint={"save": str(save), "save_interval": 5}
+    )
     with caplog.at_level(logging.INFO):
         reports = train_and_read(config)
 
@@ -100,8 +118,11 @@ def test_nothing_is_written_without_a_place_for_it(
 
 def test_exit_interval_stops_and_the_next_run_goes_on(corpus: Path, tmp_path: Path) -> None:
     def config(name: str, exit_interval: int) -> RunConfig:
-        return small_config(corpus, logging={"log_dir": str(tmp_path / name), "exit_interval": exit_interval},
-                            checkpoint={"save": str(tmp_path / name / "save")})
+        return small_config(
+            corpus,
+            logging={"log_dir": str(tmp_path / name), "exit_interval": exit_interval},
+            checkpoint={"save": str(tmp_path / name / "save")},
+        )
 
     first = train_and_read(config("parts", 3))
     assert [report["step"] for report in first] == [1, 2, 3]
@@ -113,7 +134,8 @@ def test_exit_interval_stops_and_the_next_run_goes_on(corpus: Path, tmp_path: Pa
     clocks = ("perf/", "time")
     for part, report in zip(parts, whole, strict=True):
         assert {k: v for k, v in part.items() if not k.startswith(clocks)} == {
-            k: v for k, v in report.items() if not k.startswith(clocks)}
+            k: v for k, v in report.items() if not k.startswith(clocks)
+        }
 
 
 def test_a_finished_run_started_again_does_nothing(corpus: Path, tmp_path: Path) -> None:
@@ -152,7 +174,11 @@ def start(config: RunConfig, folder: Path, *launcher: str) -> tuple[subprocess.P
     with log.open("w") as output:
         process = subprocess.Popen(
             [sys.executable, *launcher, str(ROOT / "pretrain_lcl.py"), "--config", str(folder / "run.toml")],
-            stdout=output, stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd=folder,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            cwd=folder,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         )
     metrics = Path(config.logging.log_dir) / "metrics.jsonl"

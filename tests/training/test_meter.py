@@ -113,8 +113,9 @@ def test_a_report_covers_the_steps_since_the_last(corpus: Path) -> None:
 
 
 def test_the_loop_counts_consumed_rows_images_and_bad_images(corpus: Path, tmp_path: Path) -> None:
-    config = small_config(corpus, logging={"log_dir": str(tmp_path), "log_interval": 2},
-                          data={"max_bad_image_rate": 1.0})
+    config = small_config(
+        corpus, logging={"log_dir": str(tmp_path), "log_interval": 2}, data={"max_bad_image_rate": 1.0}
+    )
     with run_from(config) as run:
         batches = list(run.loader)
         train(run)
@@ -150,6 +151,8 @@ def test_two_processes_report_what_one_does(corpus: Path, tmp_path: Path, layout
             assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
         # Images and FLOPs of the global batch; FLOPs are given per process.
         assert two["perf/images_per_s"] * two["perf/step_ms"] == pytest.approx(
-            one["perf/images_per_s"] * one["perf/step_ms"])
+            one["perf/images_per_s"] * one["perf/step_ms"]
+        )
         assert 2 * two["perf/tflops_per_device"] * two["perf/step_ms"] == pytest.approx(
-            one["perf/tflops_per_device"] * one["perf/step_ms"])
+            one["perf/tflops_per_device"] * one["perf/step_ms"]
+        )

@@ -54,7 +54,9 @@ def test_updates_equal_torchs_adamw(corpus: Path, clip_grad: float, distributed:
         settings = config.optimizer
         adamw = torch.optim.AdamW(
             [{"params": decayed}, {"params": spared, "weight_decay": 0.0}],
-            betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_eps, weight_decay=0.3,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            eps=settings.adam_eps,
+            weight_decay=0.3,
         )
         results = steps(run)
         for _ in range(3):
@@ -119,8 +121,12 @@ def test_a_step_reports_the_rate_it_used(corpus: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_temperature_stays_within_its_limits(corpus: Path, precision: str) -> None:
-    config = small_config(corpus, training={"precision": precision}, optimizer={"lr": 1e-30, "lr_warmup_iters": 0},
-                          loss={"logit_scale_max": 3.0})
+    config = small_config(
+        corpus,
+        training={"precision": precision},
+        optimizer={"lr": 1e-30, "lr_warmup_iters": 0},
+        loss={"logit_scale_max": 3.0},
+    )
     with run_from(config) as run:
         scale, results = run.engine.model.logit_scale, steps(run)
         assert scale is not None
@@ -134,8 +140,11 @@ def test_the_temperature_stays_within_its_limits(corpus: Path, precision: str) -
 
 def test_half_precision_keeps_float32_weights_and_moments(corpus: Path) -> None:
     """Updates far below bf16's resolution must not be lost: they add up in the main parameters."""
-    config = small_config(corpus, training={"precision": "bf16", "train_iters": 40},
-                          optimizer={"lr": 2e-5, "lr_warmup_iters": 0, "weight_decay": 0.0})
+    config = small_config(
+        corpus,
+        training={"precision": "bf16", "train_iters": 40},
+        optimizer={"lr": 2e-5, "lr_warmup_iters": 0, "weight_decay": 0.0},
+    )
     with run_from(config) as run:
         model, optimizer = run.engine.model, run.trainable.optimizer
         dtypes = {name: p.dtype for name, p in model.named_parameters()}
@@ -148,8 +157,12 @@ def test_half_precision_keeps_float32_weights_and_moments(corpus: Path) -> None:
         for _ in steps(run):
             pass
         moved = (torch.cat([p.detach().flatten() for p in main]) - before).abs()
-        state = [value for s in optimizer.chained_optimizers[0].optimizer.state.values() for value in s.values()
-                 if isinstance(value, torch.Tensor) and value.dim() > 0]
+        state = [
+            value
+            for s in optimizer.chained_optimizers[0].optimizer.state.values()
+            for value in s.values()
+            if isinstance(value, torch.Tensor) and value.dim() > 0
+        ]
         assert {value.dtype for value in state} == {torch.float32}
     # bf16 has 8 bits: a weight of 0.1 moves by 4e-4 or not at all; one update is at most 2e-5.
     assert 0 < float(moved[moved > 0].min()) < 1e-4
@@ -158,8 +171,10 @@ def test_half_precision_keeps_float32_weights_and_moments(corpus: Path) -> None:
 
 def test_unknown_settings_of_megatron_core_would_be_seen(corpus: Path, tmp_path: Path) -> None:
     """What the optimizer was built with is what the configuration says."""
-    config: RunConfig = small_config(corpus, optimizer={"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_eps": 1e-5,
-                                                        "clip_grad": 0.7, "weight_decay": 0.03})
+    config: RunConfig = small_config(
+        corpus,
+        optimizer={"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_eps": 1e-5, "clip_grad": 0.7, "weight_decay": 0.03},
+    )
     with run_from(config) as run:
         for group in run.trainable.optimizer.param_groups:
             assert group["betas"] == (0.8, 0.95)

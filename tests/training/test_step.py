@@ -46,8 +46,9 @@ def plain_losses(run: Run, batch: StepBatch) -> tuple[Tensor, Tensor]:
         contexts = F.normalize(output.context_ND[is_pair], dim=-1)
         scores = output.logit_scale.exp() * images @ contexts.T
         own = torch.arange(len(scores))
-        pair_losses.append((F.cross_entropy(scores, own, reduction="none")
-                            + F.cross_entropy(scores.T, own, reduction="none")) / 2)
+        pair_losses.append(
+            (F.cross_entropy(scores, own, reduction="none") + F.cross_entropy(scores.T, own, reduction="none")) / 2
+        )
     return torch.cat(token_losses).mean(), torch.cat(pair_losses).mean()
 
 
@@ -59,8 +60,12 @@ def test_losses_and_gradient_are_the_definitions(
     config = small_config(
         corpus,
         training={"micro_batch_size": micro_batch_size},
-        loss={"generation_loss_weight": weights[0], "contrastive_loss_weight": weights[1],
-              "contrastive_tile_size": 3, "cross_entropy_chunk_size": 7},
+        loss={
+            "generation_loss_weight": weights[0],
+            "contrastive_loss_weight": weights[1],
+            "contrastive_tile_size": 3,
+            "cross_entropy_chunk_size": 7,
+        },
         # A rate of nothing, so that the step leaves its gradient to look at.
         optimizer={"lr": 1e-30, "clip_grad": 0.0, "weight_decay": 0.0},
     )
@@ -138,6 +143,8 @@ def test_a_request_to_stop_travels_with_the_step(corpus: Path) -> None:
 def test_drop_path_of_a_step_depends_on_the_step(corpus: Path) -> None:
     with run_from(small_config(corpus, vision={"drop_path_rate": 0.5}, optimizer={"lr": 1e-30})) as run:
         batch = next(iter(run.loader))
-        losses = [float(train_step(run, dataclasses.replace(batch, step=step)).losses[0].contrastive_loss)
-                  for step in (0, 1, 0)]
+        losses = [
+            float(train_step(run, dataclasses.replace(batch, step=step)).losses[0].contrastive_loss)
+            for step in (0, 1, 0)
+        ]
     assert losses[0] == losses[2] != losses[1]

@@ -58,8 +58,10 @@ def name_table(config: RunConfig) -> tuple[Entry, ...]:
         *_layers("vision.layers", "visual.transformer.resblocks", vision.num_layers, vision.num_attention_heads),
         *_affine("vision.final_layernorm", "visual.ln_post"),
         Entry(
-            "pool.query", "pool_project.query_token",
-            lambda tensor: tensor.flatten(), lambda tensor: tensor.view(1, 1, -1),
+            "pool.query",
+            "pool_project.query_token",
+            lambda tensor: tensor.flatten(),
+            lambda tensor: tensor.view(1, 1, -1),
         ),
         Entry("pool.output_projection.weight", "pool_project.pooler.cross_attn.proj.weight"),
         Entry("language.embedding.word_embeddings.weight", "text.token_embedding.weight"),
@@ -67,8 +69,10 @@ def name_table(config: RunConfig) -> tuple[Entry, ...]:
         *_layers("language.layers", "text.transformer.resblocks", language.num_layers, language.num_attention_heads),
         *_affine("language.heads.context_layernorm", "text.ln_final"),
         Entry(
-            "language.heads.context_projection.weight", "text.text_projection",
-            lambda tensor: tensor.t(), lambda tensor: tensor.t(),
+            "language.heads.context_projection.weight",
+            "text.text_projection",
+            lambda tensor: tensor.t(),
+            lambda tensor: tensor.t(),
         ),
         *_affine("language.heads.final_layernorm", "lm_head.0"),
         Entry("language.output_projection.weight", "lm_head.1.weight"),
@@ -98,8 +102,10 @@ def _layers(ours: str, official: str, num_layers: int, num_heads: int) -> list[E
         for leaf in ("weight", "bias"):
             entries.append(
                 Entry(
-                    f"{here}.self_attention.linear_qkv.{leaf}", f"{there}.attn.in_proj_{leaf}",
-                    lambda tensor: interleave_qkv(tensor, num_heads), lambda tensor: split_qkv(tensor, num_heads),
+                    f"{here}.self_attention.linear_qkv.{leaf}",
+                    f"{there}.attn.in_proj_{leaf}",
+                    lambda tensor: interleave_qkv(tensor, num_heads),
+                    lambda tensor: split_qkv(tensor, num_heads),
                 )
             )
     return entries
