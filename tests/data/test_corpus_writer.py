@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lcl_megatron.config.errors import ConfigError
 from lcl_megatron.data import corpus_writer
 from lcl_megatron.data.corpus_part import EncodedDocument, PartWriter
 from lcl_megatron.data.corpus_writer import CorpusWriter
