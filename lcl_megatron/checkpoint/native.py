@@ -115,9 +115,9 @@ def save(root: str | Path, trainable: Trainable, progress: Progress, tokenizer: 
     engine = trainable.engine
     final = step_folder(root, progress.step)
     staging = final.with_name(f".staging-{final.name}")
-    if final.exists():
+    # Rank 0 decides: file systems show a new folder to different nodes at different times.
+    if engine.groups.first_rank_says(final.exists()):
         return final
-    engine.groups.barrier()
     if engine.groups.rank == 0:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)

@@ -158,7 +158,8 @@ def compare(case: ReferenceCase) -> list[Comparison]:
     config, batch = case.config(), case.batch()
     groups = initialize(ParallelConfig(), lambda pipeline: pipeline[:1])
     try:
-        model = LCLModel(config, Runtime(collection=groups.collection))
+        model = LCLModel(config, Runtime(collection=groups.collection)).to(groups.device)
+        batch = batch.to(groups.device)
         model.load_state_dict(from_official(case.group("weight"), config), strict=True)
         model.train()
         output = model(batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -91,8 +92,8 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require(
-            0 <= self.min_lr <= self.lr and self.lr > 0,
-            f"optimizer.lr = {self.lr}, optimizer.min_lr = {self.min_lr}; expected 0 <= min_lr <= lr and lr > 0",
+            0 <= self.min_lr <= self.lr and 0 < self.lr < math.inf,
+            f"optimizer.lr = {self.lr}, optimizer.min_lr = {self.min_lr}; expected 0 <= min_lr <= lr, 0 < lr < inf",
         )
         for name in ("adam_beta1", "adam_beta2"):
             value = getattr(self, name)
@@ -100,7 +101,7 @@ class OptimizerConfig:
         require(self.adam_eps > 0, f"optimizer.adam_eps = {self.adam_eps}; it must be positive")
         for name in ("weight_decay", "clip_grad", "lr_warmup_iters", "lr_decay_iters"):
             value = getattr(self, name)
-            require(value >= 0, f"optimizer.{name} = {value}; it must not be negative")
+            require(0 <= value < math.inf, f"optimizer.{name} = {value}; it must be finite and not negative")
 
 
 @dataclass(frozen=True, kw_only=True)

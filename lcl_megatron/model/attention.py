@@ -27,6 +27,8 @@ class PackedSequences(PackedSeqParams):
     """Positions of a row. T may exceed a whole number of rows by a few positions of padding."""
     one_per_row: bool = False
     """Every row is one sequence (images), so that rows form a plain batch without a mask."""
+    block_mask: Tensor | None = None
+    """(B, 1, S, S) bool, made by the first layer that needs it and used by all."""
 
     @classmethod
     def of(cls, cu_seqlens: Tensor, max_seqlen: int, row_length: int, one_per_row: bool = False) -> PackedSequences:
@@ -95,8 +97,9 @@ class TorchCoreAttention(MegatronModule):
         if sequences.one_per_row:
             output_TAD = self._attend_rows(query_TAD, key_TAD, value_TAD, sequences.row_length, mask_B1SS=None)
         elif query_TAD.is_cuda:
-            mask_B1SS = _block_mask(sequences, query_TAD.shape[0], query_TAD.device, self.causal)
-            output_TAD = self._attend_rows(query_TAD, key_TAD, value_TAD, sequences.row_length, mask_B1SS)
+            if sequences.block_mask is None:
+                sequences.block_mask = _block_mask(sequences, query_TAD.shape[0], query_TAD.device, self.causal)
+            output_TAD = self._attend_rows(query_TAD, key_TAD, value_TAD, sequences.row_length, sequences.block_mask)
         else:
             output_TAD = self._attend_each(query_TAD, key_TAD, value_TAD, sequences.cu_seqlens_q)
         return output_TAD.flatten(1)

@@ -135,7 +135,7 @@ def _transformer_config(runtime: Runtime, **shape: Any) -> TransformerConfig:
         gradient_accumulation_fusion=False,
         # Weights come from ``initialization.py``: the same values for every layout.
         perform_initialization=False,
-        use_cpu_initialization=not torch.cuda.is_available(),
+        use_cpu_initialization=True,
         # Gradients are summed, not averaged, over data-parallel ranks: losses are already divided by global counts.
         calculate_per_token_loss=True,
     )

@@ -6,6 +6,8 @@ tokens (padded to a multiple of the sequence edge).
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
@@ -23,10 +25,16 @@ from lcl_megatron.model.specs import Runtime, vision_layer_spec, vision_transfor
 def normalize_images(images: Tensor, dtype: torch.dtype) -> Tensor:
     """Return images (N, 3, H, W) on the scale the encoder reads; uint8 is normalised, float is taken as done."""
     if images.dtype == torch.uint8:
-        mean = torch.tensor(CLIP_MEAN, device=images.device).view(3, 1, 1) * 255
-        std = torch.tensor(CLIP_STD, device=images.device).view(3, 1, 1) * 255
+        mean, std = _pixel_statistics(images.device)
         images = (images.float() - mean) / std
     return images.to(dtype)
+
+
+@functools.cache
+def _pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation (3, 1, 1) of pixels 0..255; copied to a device once, as each copy waits."""
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) * 255 for values in (CLIP_MEAN, CLIP_STD))
+    return mean, std
 
 
 class PatchEmbedding(MegatronModule):

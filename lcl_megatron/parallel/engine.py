@@ -125,7 +125,7 @@ class Engine:
 def build_engine(config: RunConfig, groups: ProcessGroups) -> Engine:
     """Build this rank's stage with weights that do not depend on the layout, and wrap it for data parallelism."""
     stage = cut_line(config)[groups.pp_rank]
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = groups.device
     parallel = config.parallel
     runtime = Runtime(
         collection=groups.collection,
@@ -172,6 +172,8 @@ def _schedule_config(config: RunConfig, runtime: Runtime) -> TransformerConfig:
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
+        # Shapes and order of the transfers are fixed; a device-wide wait after each would only stop the pipeline.
+        batch_p2p_sync=False,
         # Sums, not averages, over data-parallel ranks and micro-batches.
         calculate_per_token_loss=True,
         finalize_model_grads_func=_finalize,

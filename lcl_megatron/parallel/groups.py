@@ -7,6 +7,7 @@ Ranks are numbered tp fastest, then cp, then dp, then pp, which is megatron-core
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -96,6 +97,40 @@ class ProcessGroups:
     def describe(self) -> str:
         """Return rank and coordinates, e.g. ``rank 5 (dp1 pp0 tp1)``: the prefix of every distributed error."""
         return f"rank {self.rank} (dp{self.dp_rank} pp{self.pp_rank} tp{self.tp_rank})"
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
+
+    def first_rank_says(self, value: bool) -> bool:
+        """Return rank 0's value on every rank, on the host."""
+        said = torch.tensor([value], dtype=torch.uint8)
+        dist.broadcast(said, src=0, group=self.host)
+        return bool(said[0])
+
+    def require_agreement(self, what: str, value: str) -> None:
+        """Check that all ranks were started alike; collective over all ranks, on the host.
+
+        Args:
+            what: what is compared, for the message.
+            value: this rank's text.
+
+        Raises:
+            ConfigError: on every rank, naming those that differ from rank 0; without the check they would train
+                something else than the others, or die of a collective of another size.
+        """
+        digest = torch.frombuffer(bytearray(hashlib.sha256(value.encode()).digest()), dtype=torch.uint8)
+        digests = [torch.empty_like(digest) for _ in range(self.world_size)]
+        dist.all_gather(digests, digest, group=self.host)
+        differing = [rank for rank, other in enumerate(digests) if not torch.equal(other, digests[0])]
+        require(
+            not differing,
+            f"{what} of ranks {differing} differs from that of rank 0; start every process with the same command, "
+            "and give every node the same files",
+        )
 
     def barrier(self) -> None:
         """Wait for all ranks, on the host."""

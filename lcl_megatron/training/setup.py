@@ -13,6 +13,7 @@ from pathlib import Path
 from lcl_megatron.checkpoint import native
 from lcl_megatron.config import ConfigError, RunConfig
 from lcl_megatron.config.sources import describe
+from lcl_megatron.config.toml import to_toml
 from lcl_megatron.config.validate import data_parallel_size, validate
 from lcl_megatron.data.corpus import Corpus
 from lcl_megatron.data.loader import StepLoader
@@ -44,6 +45,8 @@ def run_from(config: RunConfig) -> Iterator[Run]:
     plan = build_plan(config, corpus, data_parallel_size(config, world_size))
     groups = engines.start(config)
     try:
+        groups.require_agreement("the configuration", to_toml(config))
+        groups.require_agreement("the corpus", plan.fingerprint)
         run = _build(config, corpus, plan, groups)
         try:
             yield run

@@ -191,7 +191,7 @@ def test_batch_arithmetic() -> None:
         (OptimizerConfig, {"min_lr": 1.0}, "expected 0 <= min_lr <= lr"),
         (OptimizerConfig, {"adam_beta2": 1.0}, "optimizer.adam_beta2 = 1.0 is outside [0, 1)"),
         (OptimizerConfig, {"adam_eps": 0.0}, "optimizer.adam_eps = 0.0"),
-        (OptimizerConfig, {"clip_grad": -1.0}, "optimizer.clip_grad = -1.0; it must not be negative"),
+        (OptimizerConfig, {"clip_grad": -1.0}, "optimizer.clip_grad = -1.0; it must be finite and not negative"),
         (ParallelConfig, {"tensor_model_parallel_size": 0}, "parallel.tensor_model_parallel_size = 0"),
         (ParallelConfig, {"context_parallel_size": 2}, "parallel.context_parallel_size = 2; only 1 is implemented"),
         (ParallelConfig, {"sequence_parallel": True}, "--no-sequence-parallel"),

@@ -109,3 +109,25 @@ def test_groups_when_launched_by_torchrun_span_the_processes(tmp_path):
         timeout=180,
     )
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["rank 0 (dp0 pp0 tp0)", "rank 1 (dp0 pp0 tp1)"]
+
+
+def _agree(rank: int, world_size: int, values: list[str]) -> str:
+    started = groups.initialize(ParallelConfig(), lambda pipeline: pipeline[:1])
+    try:
+        started.require_agreement("the colour", values[rank])
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_were_started_differently_are_named_on_every_rank() -> None:
+    assert run_distributed(_agree, 3, ["red", "red", "red"]) == ["", "", ""]
+    messages = run_distributed(_agree, 3, ["red", "blue", "red"])
+    assert all("the colour of ranks [1] differs from that of rank 0" in message for message in messages)
+
+
+def test_rank_0_decides() -> None:
+    said = run_distributed(
+        lambda rank, _: groups.initialize(ParallelConfig(), lambda pipeline: pipeline[:1]).first_rank_says(rank == 0), 2
+    )
+    assert said == [True, True]
