@@ -25,8 +25,8 @@ UNREADABLE = {errno.ENAMETOOLONG, errno.EACCES, errno.EISDIR, errno.ELOOP, errno
 """Errors that are the file's own. Others (EIO, ESTALE, EMFILE) are the machine's, and stop the run."""
 
 
-class ImageError(ValueError):
-    """An image that cannot be used.
+class ImageFileError(ValueError):
+    """An image file that preprocessing leaves out; what fails only when it is decoded is ``images.ImageError``.
 
     Args:
         reason: One of few fixed phrases, for counting.
@@ -56,7 +56,7 @@ class ImageFolder:
         """Return the bytes of an image file.
 
         Raises:
-            ImageError: If the name leaves the folder, or there is no readable file of acceptable size.
+            ImageFileError: If the name leaves the folder, or there is no readable file of acceptable size.
             OSError: If the disk fails.
         """
         check_name(name)
@@ -64,31 +64,31 @@ class ImageFolder:
         root = os.path.realpath(os.fsencode(self.root))
         path = os.path.realpath(os.path.join(root, name.encode("utf-8")))
         if not path.startswith(os.path.join(root, b"")):
-            raise ImageError("unsafe image name", "a symbolic link leads out of the image folder")
+            raise ImageFileError("unsafe image name", "a symbolic link leads out of the image folder")
         try:
             info = os.stat(path)
             # Asked before opening: opening a named pipe would wait for ever.
             if not stat.S_ISREG(info.st_mode):
-                raise ImageError("unreadable file", "not a regular file")
+                raise ImageFileError("unreadable file", "not a regular file")
             if info.st_size > self.max_bytes:
-                raise ImageError("file too large", f"{info.st_size} bytes; the limit is {self.max_bytes}")
+                raise ImageFileError("file too large", f"{info.st_size} bytes; the limit is {self.max_bytes}")
             with open(path, "rb") as stream:
                 data = stream.read()
         except OSError as error:
             if error.errno in ABSENT:
-                raise ImageError(ABSENT[error.errno]) from error
+                raise ImageFileError(ABSENT[error.errno]) from error
             if error.errno in UNREADABLE:
-                raise ImageError("unreadable file", os.strerror(error.errno or 0)) from error
+                raise ImageFileError("unreadable file", os.strerror(error.errno or 0)) from error
             raise
         if not data:
-            raise ImageError("not an image", "the file is empty")
+            raise ImageFileError("not an image", "the file is empty")
         return data
 
     def probe(self, data: bytes) -> tuple[int, int]:
         """Return width and height in pixels from an image's header; pixels are not decoded.
 
         Raises:
-            ImageError: If the bytes are no image of an accepted format, or announce too many pixels.
+            ImageFileError: If the bytes are no image of an accepted format, or announce too many pixels.
         """
         try:
             with warnings.catch_warnings():
@@ -96,12 +96,12 @@ class ImageFolder:
                 with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
                     width, height = image.size
         except Image.DecompressionBombError as error:
-            raise ImageError("too many pixels", str(error)) from error
+            raise ImageFileError("too many pixels", str(error)) from error
         # Pillow's parsers raise OSError, SyntaxError, ValueError, struct.error, IndexError ... on damaged headers.
         except Exception as error:
-            raise ImageError("not an image", f"begins with {data[:16]!r}") from error
+            raise ImageFileError("not an image", f"begins with {data[:16]!r}") from error
         if width * height > self.max_pixels:
-            raise ImageError("too many pixels", f"{width} x {height}; the limit is {self.max_pixels}")
+            raise ImageFileError("too many pixels", f"{width} x {height}; the limit is {self.max_pixels}")
         return width, height
 
 
@@ -109,9 +109,9 @@ def check_name(name: str) -> None:
     """Refuse a name that could lead out of the image folder, without touching the disk.
 
     Raises:
-        ImageError: If the name is empty, absolute, has a parent part, a backslash, a NUL or a lone surrogate.
+        ImageFileError: If the name is empty, absolute, has a parent part, a backslash, a NUL or a lone surrogate.
     """
     path = PurePosixPath(name)
     forbidden = "\\" in name or "\0" in name or any("\ud800" <= character <= "\udfff" for character in name)
     if forbidden or path.is_absolute() or ".." in path.parts or not path.parts:
-        raise ImageError("unsafe image name", ascii(name[:200]))
+        raise ImageFileError("unsafe image name", ascii(name[:200]))

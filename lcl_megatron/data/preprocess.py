@@ -23,7 +23,7 @@ from lcl_megatron.data.corpus import Corpus
 from lcl_megatron.data.corpus_part import EncodedDocument, PartWriter, StoredImage, Totals
 from lcl_megatron.data.corpus_writer import CorpusWriter
 from lcl_megatron.data.document import Document, Reject
-from lcl_megatron.data.image_folder import ImageError, ImageFolder
+from lcl_megatron.data.image_folder import ImageFileError, ImageFolder
 from lcl_megatron.data.readers.mmc4 import read_mmc4
 from lcl_megatron.data.tokenizer import Tokenizer
 
@@ -176,7 +176,7 @@ def _store(document: Document, tokenizer: Tokenizer, images: ImageFolder, part: 
         try:
             data = images.read(image.name)
             width, height = images.probe(data)
-        except ImageError as error:
+        except ImageFileError as error:
             part.reject(Reject(document.source, error.reason, error.detail, image.number, image.name))
         else:
             stored.append(StoredImage(image, data, width, height))

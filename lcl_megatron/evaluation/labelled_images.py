@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lcl_megatron.data.image_folder import ImageError as ImageFileError
-from lcl_megatron.data.image_folder import ImageFolder, check_name
+from lcl_megatron.data.image_folder import ImageFileError, ImageFolder, check_name
 from lcl_megatron.data.images import ImageError, evaluation_image
 
 COLUMNS = ("image_name", "split", "label")

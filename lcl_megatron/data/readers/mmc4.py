@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from lcl_megatron.data.document import Document, ImageKind, ImageSegment, Reject, Source, TextSegment
-from lcl_megatron.data.image_folder import ImageError, check_name
+from lcl_megatron.data.image_folder import ImageFileError, check_name
 
 MAX_LINE_BYTES = 64 << 20
 """Longer lines are rejected instead of read: a document of MMC4 has a few kilobytes."""
@@ -58,7 +58,7 @@ def read_mmc4(shard: Path, name: str = "") -> Iterator[Document | Reject]:
             try:
                 check_name(image.name)
                 usable.append(image)
-            except ImageError as error:
+            except ImageFileError as error:
                 yield Reject(source, error.reason, error.detail, image.number, image.name)
         if usable:
             # MMC4 lists images in no particular order; a stable sort keeps the record's order within a sentence.
