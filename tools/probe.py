@@ -5,7 +5,6 @@ python tools/probe.py RUN/checkpoints --labels labels.csv --image-root images --
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +12,7 @@ from typing import Annotated
 import tyro
 
 from lcl_megatron.evaluation.checkpoint_encoder import probe_checkpoint
-from lcl_megatron.evaluation.probes import markdown_table
+from lcl_megatron.evaluation.probes import markdown_table, write_reports
 
 
 def main(
@@ -40,7 +39,7 @@ def main(
         sys.exit(f"probe: {error}")
     print(markdown_table(reports))
     if output is not None:
-        output.write_text(json.dumps([json.loads(report.to_json()) for report in reports], indent=2) + "\n")
+        write_reports(reports, output)
 
 
 if __name__ == "__main__":

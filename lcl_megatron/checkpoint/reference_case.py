@@ -219,5 +219,5 @@ def _comparison(name: str, found: Tensor | None, recorded: Tensor, tolerance: fl
     if found is None or found.shape != recorded.shape:
         return Comparison(name, float("inf"), tolerance)
     largest = recorded.double().abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-    error = (found.detach().double() - recorded.double()).abs().max() / largest
+    error = (found.detach().cpu().double() - recorded.double()).abs().max() / largest
     return Comparison(name, float(error), tolerance)

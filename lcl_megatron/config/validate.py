@@ -36,12 +36,6 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
     )
 
 
-def num_micro_batches(config: RunConfig, world_size: int) -> int:
-    """Return the number of micro-batches of one step on each data-parallel rank."""
-    training = config.training
-    return training.global_batch_size // (training.micro_batch_size * data_parallel_size(config, world_size))
-
-
 def architecture(config: RunConfig) -> dict[str, Any]:
     """Return what a checkpoint's weights fix, by ``section.field``: a run may only load weights that agree in all.
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -89,18 +89,19 @@ class ProbeReport:
     linear_l2: float
     """L2 penalty that the validation images chose."""
 
-    def to_json(self) -> str:
-        """Return the report as a JSON object, with value and 95% interval of each accuracy."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report for JSON, with value and 95% interval of each accuracy."""
         fields = asdict(self)
         for method in ("knn", "linear"):
             accuracy: Accuracy = getattr(self, method)
             fields[method] |= {"value": accuracy.value, "interval_95": list(accuracy.interval)}
-        return json.dumps(fields, indent=2)
+        return fields
 
-    def write(self, path: Path) -> None:
-        """Write the JSON object to a file, whose folder is made if it is missing."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.to_json() + "\n", encoding="utf-8")
+
+def write_reports(reports: Sequence[ProbeReport], path: Path) -> None:
+    """Write the reports as one JSON list to a file, whose folder is made if it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([report.to_dict() for report in reports], indent=2) + "\n", encoding="utf-8")
 
 
 def probe_encoder(encoder: str, train: Examples, test: Examples, k: int = 20, seed: int = 0) -> ProbeReport:

@@ -58,8 +58,6 @@ class ContrastiveOutput:
     """() int64, this rank's images whose most similar context, of all ranks, is their own."""
     context_hits: Tensor
     """() int64, this rank's contexts whose most similar image, of all ranks, is their own."""
-    similarity_sum: Tensor
-    """() float32, sum of the cosines of this rank's pairs."""
     images_GD: Tensor
     """(G, D) detached unit features of all ranks' images; meaningful where ``is_pair_G``."""
     contexts_GD: Tensor
@@ -113,7 +111,6 @@ def contrastive_loss(
         num_pairs=is_pair_N.sum(),
         image_hits=image_hits,
         context_hits=context_hits,
-        similarity_sum=(images_ND.detach() * contexts_ND.detach()).sum(),
         images_GD=images_GD,
         contexts_GD=contexts_GD,
         is_pair_G=is_pair_G,

@@ -21,7 +21,6 @@ from lcl_megatron.config.validate import (
     architecture,
     architecture_difference,
     data_parallel_size,
-    num_micro_batches,
     validate,
 )
 
@@ -162,7 +161,6 @@ def test_batch_arithmetic() -> None:
         training__micro_batch_size=2,
     )
     assert data_parallel_size(config, 48) == 8
-    assert num_micro_batches(config, 48) == 4
 
 
 @pytest.mark.parametrize(

@@ -133,4 +133,4 @@ def test_probing_compares_the_trained_with_the_untrained(data: DataFolder, tmp_p
     reports = probe_checkpoint(tmp_path / "save", labels, data.images, ("train", "test"))
     assert [report.encoder for report in reports] == ["trained", "untrained"]
     again = probe_checkpoint(tmp_path / "save", labels, data.images, ("train", "test"))
-    assert [report.to_json() for report in again] == [report.to_json() for report in reports]
+    assert [report.to_dict() for report in again] == [report.to_dict() for report in reports]
