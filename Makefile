@@ -1,4 +1,5 @@
 # make setup        a virtual environment in .venv with pinned versions, without a GPU
+# make extras       DALI (CPU), ray, webdataset on top: 1 GB; the tests that need them run then
 # make quickstart   pre-train and probe a tiny encoder on this machine
 # make check        what has to pass before a change is proposed: lint and test
 # make gpu-check    tests and benchmarks on a machine with a GPU, with that machine's own Python
@@ -17,7 +18,7 @@ ANSWERS := import sys, urllib.request; urllib.request.urlopen(sys.argv[1] + "/to
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup quickstart test lint format check gpu-check clean
+.PHONY: setup extras quickstart test lint format check gpu-check clean
 
 setup: $(VENV)/.installed
 
@@ -32,6 +33,9 @@ $(VENV)/.installed: requirements/cpu.txt setup.py
 	@$(BIN)/pip install --quiet --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 	@echo "setup: done; activate with  . $(BIN)/activate"
+
+extras: setup
+	@$(BIN)/pip install --quiet --quiet --requirement requirements/extras.txt
 
 quickstart: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart.sh

@@ -31,10 +31,13 @@ setup(
         "tensorboard>=2.16",
         "tyro>=0.9.17",
         "matplotlib>=3.8",
+        "simplejpeg>=1.7",  # decodes JPEG without the GIL, faster than Pillow
     ],
     extras_require={
         # The range that megatron-core 0.16.1 declares. Never without a GPU: megatron-core would choose its kernels.
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
+        "obelics": ["pyarrow>=15"],
+        "ray": ["ray>=2.30"],  # tools/preprocess_data.py --engine ray
         "dali": ["nvidia-dali-cuda130>=2.4,<3"],
         # Stock libraries that load an export, and other encoders to compare with.
         "eval": ["timm>=1.0.20", "transformers>=4.57", "open_clip_torch>=3.0"],

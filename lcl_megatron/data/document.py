@@ -43,10 +43,10 @@ class TextSegment:
 
 @dataclass(frozen=True)
 class ImageSegment:
-    """An image of a document, by name; its bytes are read only when a corpus is written."""
+    """An image of a document, by name; unless the record brings its bytes, they are read when a corpus is written."""
 
     name: str
-    """Path below the image folder."""
+    """What the image store knows it by: a path below the image folder, or a URL."""
     number: int
     """Index in the source record, from 0; names the image in messages."""
     segment_index: int
@@ -55,6 +55,8 @@ class ImageSegment:
     """CLIP similarity of image and segment; 1.0 where the source gives none."""
     kind: ImageKind
     """How it relates to the segment."""
+    data: bytes | None = None
+    """Encoded bytes, where the record brings them itself (tar samples); None = the image store has them."""
 
 
 @dataclass(frozen=True)

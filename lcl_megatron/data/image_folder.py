@@ -49,8 +49,6 @@ class ImageFolder:
     """The folder."""
     max_bytes: int = 64 << 20
     """Larger files are refused."""
-    max_pixels: int = 64_000_000
-    """Images whose header announces more are refused."""
 
     def read(self, name: str) -> bytes:
         """Return the bytes of an image file.
@@ -84,25 +82,26 @@ class ImageFolder:
             raise ImageFileError("not an image", "the file is empty")
         return data
 
-    def probe(self, data: bytes) -> tuple[int, int]:
-        """Return width and height in pixels from an image's header; pixels are not decoded.
 
-        Raises:
-            ImageFileError: If the bytes are no image of an accepted format, or announce too many pixels.
-        """
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-                    width, height = image.size
-        except Image.DecompressionBombError as error:
-            raise ImageFileError("too many pixels", str(error)) from error
-        # Pillow's parsers raise OSError, SyntaxError, ValueError, struct.error, IndexError ... on damaged headers.
-        except Exception as error:
-            raise ImageFileError("not an image", f"begins with {data[:16]!r}") from error
-        if width * height > self.max_pixels:
-            raise ImageFileError("too many pixels", f"{width} x {height}; the limit is {self.max_pixels}")
-        return width, height
+def probe_image(data: bytes, max_pixels: int) -> tuple[int, int]:
+    """Return width and height in pixels from an image's header; pixels are not decoded.
+
+    Raises:
+        ImageFileError: If the bytes are no image of an accepted format, or announce too many pixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+                width, height = image.size
+    except Image.DecompressionBombError as error:
+        raise ImageFileError("too many pixels", str(error)) from error
+    # Pillow's parsers raise OSError, SyntaxError, ValueError, struct.error, IndexError ... on damaged headers.
+    except Exception as error:
+        raise ImageFileError("not an image", f"begins with {data[:16]!r}") from error
+    if width * height > max_pixels:
+        raise ImageFileError("too many pixels", f"{width} x {height}; the limit is {max_pixels}")
+    return width, height
 
 
 def check_name(name: str) -> None:

@@ -23,7 +23,9 @@ from lcl_megatron.data.corpus import Corpus
 from lcl_megatron.data.corpus_part import EncodedDocument, PartWriter, StoredImage, Totals
 from lcl_megatron.data.corpus_writer import CorpusWriter
 from lcl_megatron.data.document import Document, Reject
-from lcl_megatron.data.image_folder import ImageFileError, ImageFolder
+from lcl_megatron.data.image_folder import ImageFileError, probe_image
+from lcl_megatron.data.image_store import ImageStore, open_image_store
+from lcl_megatron.data.readers.formats import FORMATS
 from lcl_megatron.data.readers.mmc4 import read_mmc4
 from lcl_megatron.data.tokenizer import Tokenizer
 
@@ -39,6 +41,8 @@ class PreprocessConfig:
 
     input: tuple[Path, ...]
     """MMC4 shards: .jsonl, or .zip of .jsonl. Their order is the order of the corpus."""
+    format: str = "mmc4"
+    """Format of the shards: see docs/data.md."""
     image_root: Path
     """Folder below which the images lie; names that lead out of it are refused."""
     tokenizer_model: Path
@@ -128,14 +132,14 @@ def preprocess(config: PreprocessConfig, report: Callable[[str], None] = lambda 
 def write_part(config: PreprocessConfig, shard: Path, name: str, folder: Path) -> Path:
     """Read one shard and write its part; returns ``folder``. Runs in a worker process."""
     tokenizer = Tokenizer.load(config.tokenizer_model)
-    images = ImageFolder(config.image_root, config.max_image_bytes, config.max_image_pixels)
+    images = open_image_store(config.image_root, config.max_image_bytes)
     source = {"name": name, "bytes": shard.stat().st_size}
     with PartWriter(folder, tokenizer.vocab_size, source) as part:
-        for item in read_mmc4(shard, name):
+        for item in FORMATS[config.format].read(shard, name):
             if isinstance(item, Reject):
                 part.reject(item)
             else:
-                _store(item, tokenizer, images, part)
+                _store(item, tokenizer, images, config.max_image_pixels, part)
     return folder
 
 
@@ -169,13 +173,13 @@ def training_texts(inputs: Sequence[Path], max_texts: int) -> Iterator[str]:
             raise ConfigError(f"{path} is neither .jsonl, .jsonl.zip nor .txt")
 
 
-def _store(document: Document, tokenizer: Tokenizer, images: ImageFolder, part: PartWriter) -> None:
+def _store(document: Document, tokenizer: Tokenizer, images: ImageStore, max_pixels: int, part: PartWriter) -> None:
     """Tokenize a document, read its images, and write what is usable."""
     stored = []
     for image in document.images:
         try:
-            data = images.read(image.name)
-            width, height = images.probe(data)
+            data = images.read(image.name) if image.data is None else image.data
+            width, height = probe_image(data, max_pixels)
         except ImageFileError as error:
             part.reject(Reject(document.source, error.reason, error.detail, image.number, image.name))
         else:

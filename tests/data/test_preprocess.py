@@ -24,7 +24,7 @@ from PIL import Image
 
 from lcl_megatron.config.errors import ConfigError
 from lcl_megatron.data.corpus import Corpus
-from lcl_megatron.data.image_folder import ImageFileError, ImageFolder
+from lcl_megatron.data.image_folder import ImageFileError, ImageFolder, probe_image
 from lcl_megatron.data.preprocess import PreprocessConfig, input_names, preprocess
 from lcl_megatron.data.tokenizer import Tokenizer
 
@@ -297,9 +297,9 @@ def test_unusable_images_are_counted_by_reason_and_the_document_stays(mmc4, toke
 
 def test_pixel_and_byte_limits_are_exact(mmc4):
     data = mmc4.add_image("a.png", 20, 10)
-    assert ImageFolder(mmc4.images, max_bytes=len(data), max_pixels=200).probe(data) == (20, 10)
+    assert probe_image(data, 200) == (20, 10)
     with pytest.raises(ImageFileError, match="too many pixels: 20 x 10; the limit is 199"):
-        ImageFolder(mmc4.images, max_pixels=199).probe(data)
+        probe_image(data, 199)
     assert ImageFolder(mmc4.images, max_bytes=len(data)).read("a.png") == data
     with pytest.raises(ImageFileError, match=f"file too large: {len(data)} bytes"):
         ImageFolder(mmc4.images, max_bytes=len(data) - 1).read("a.png")
