@@ -134,6 +134,20 @@ class Corpus:
                 f"expected {state['fingerprint'][:16]}; start again"
             )
 
+    def text_tokens_before(self, segments: np.ndarray) -> np.ndarray:
+        """Return the text tokens of the whole corpus that stand before some segments (G = the end), int64.
+
+        Differences of the result are lengths of ranges of segments; unlike a sum over ``segment_lengths`` it reads
+        one number per segment asked for.
+        """
+        total = int(self.manifest["counts"]["tokens"])
+        if not self.num_segments:
+            return np.zeros(segments.shape, dtype=np.int64)
+        itemsize = self._tokens.dtype.itemsize
+        # A view without numpy's memmap class, whose every access costs a few microseconds.
+        before = np.take(np.asarray(self._tokens.pointers), segments, mode="clip") // itemsize
+        return np.where(segments < self.num_segments, before, total)
+
     def segment_tokens(self, segment: int) -> np.ndarray:
         """Return the token ids of a text segment (numbered over the whole corpus), (length,) int32.
 

@@ -52,7 +52,7 @@ def _config(layout: Layout, corpus: Path, precision: str = "fp32") -> RunConfig:
     return dataclasses.replace(
         layout.apply(CONFIG),
         language=dataclasses.replace(CONFIG.language, vocab_size=0),
-        data=dataclasses.replace(CONFIG.data, data_path=str(corpus)),
+        data=dataclasses.replace(CONFIG.data, data_path=(str(corpus),)),
         training=dataclasses.replace(
             CONFIG.training, train_iters=WHOLE, micro_batch_size=2 // layout.dp, precision=precision
         ),
