@@ -11,14 +11,14 @@ import bisect
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
 from lcl_megatron.config.errors import ConfigError, require
 from lcl_megatron.data.compose import concatenate_ranges
 from lcl_megatron.data.even_order import TICK_BITS, EvenMerge
-from lcl_megatron.data.rows import EpochStatistics, RowBlock, RowCounts, SourceRows
+from lcl_megatron.data.rows import EpochStatistics, PlannedRow, RowBlock, RowCounts, SourceRows
 
 if TYPE_CHECKING:
     from lcl_megatron.config.run import DataConfig
@@ -104,11 +104,10 @@ class RowSequence:
         if len(blocks) == 1:
             return blocks[0]
         order = np.argsort(np.concatenate(places), kind="stable")
-        rows = [row for block in blocks for row in block.rows]
         images = np.concatenate([block.counts.num_images for block in blocks])
         _, context = concatenate_ranges((np.cumsum(images) - images)[order], images[order])
         return RowBlock(
-            rows=tuple(rows[i] for i in order),
+            rows=_Reordered([block.rows for block in blocks], order),
             counts=RowCounts.join([block.counts for block in blocks], order),
             has_context=np.concatenate([block.has_context for block in blocks])[context],
         )
@@ -143,6 +142,28 @@ class RowSequence:
         column = ("images", "tokens").index(self.config.mixture_by)
         rows = [weight / source.means[column] for weight, source in zip(weights, self.sources, strict=True)]
         return [round(SHARE_STEPS * share / sum(rows)) for share in rows]
+
+
+class _Reordered(Sequence[PlannedRow]):
+    """Several sequences of rows, one behind the other and then in another order."""
+
+    def __init__(self, parts: Sequence[Sequence[PlannedRow]], order: np.ndarray) -> None:
+        self._parts, self._order = parts, order
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    @overload
+    def __getitem__(self, number: int) -> PlannedRow: ...
+    @overload
+    def __getitem__(self, number: slice) -> tuple[PlannedRow, ...]: ...
+    def __getitem__(self, number: int | slice) -> PlannedRow | tuple[PlannedRow, ...]:
+        if isinstance(number, slice):
+            return tuple(self[i] for i in range(*number.indices(len(self))))
+        position = int(self._order[number])
+        part = bisect.bisect_right(self._ends, position)
+        return self._parts[part][position - int(self._ends[part])]
 
 
 def _check_tokenizers(corpora: Sequence[Corpus]) -> None:

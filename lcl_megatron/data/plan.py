@@ -38,7 +38,7 @@ class StepPlan:
     """Rows consumed before this step."""
     layout: StepLayout
     """Counts on all ranks."""
-    rows: tuple[PlannedRow, ...]
+    rows: Sequence[PlannedRow]
     """The global batch, in the order of the sequence."""
     dealt: np.ndarray
     """(micro-batches, data-parallel ranks, micro-batch size) int64, positions in ``rows``."""

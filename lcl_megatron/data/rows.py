@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
@@ -51,10 +51,49 @@ class PlannedRow:
     """(k,) int64, token behind the last one; beyond the document's end = to its end."""
 
 
+class PlannedRows(Sequence[PlannedRow]):
+    """Rows, made when they are asked for: of the rows of all ranks a process looks at few.
+
+    Args:
+        source: Number of the corpus among the run's.
+        indices: (r,) int64, numbers of the rows in the sequence of all rows of the run.
+        epochs: (r,) int64.
+        pieces: What stands in the rows.
+    """
+
+    def __init__(self, source: int, indices: np.ndarray, epochs: np.ndarray, pieces: RowPieces) -> None:
+        self._source, self._indices, self._epochs, self._pieces = source, indices, epochs, pieces
+        self._borders = np.searchsorted(pieces.owner, np.arange(len(indices) + 1))
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, number: int) -> PlannedRow: ...
+    @overload
+    def __getitem__(self, number: slice) -> tuple[PlannedRow, ...]: ...
+    def __getitem__(self, number: int | slice) -> PlannedRow | tuple[PlannedRow, ...]:
+        if isinstance(number, slice):
+            return tuple(self[i] for i in range(*number.indices(len(self))))
+        number = range(len(self))[number]
+        part = slice(self._borders[number], self._borders[number + 1])
+        pieces = self._pieces
+        return PlannedRow(
+            index=int(self._indices[number]),
+            epoch=int(self._epochs[number]),
+            documents=pieces.documents[part],
+            source=self._source,
+            begins=None if pieces.begins is None else pieces.begins[part],
+            ends=None if pieces.ends is None else pieces.ends[part],
+        )
+
+
 @dataclass(frozen=True)
 class RowCounts:
     """What each of r rows holds."""
 
+    num_documents: np.ndarray
+    """(r,) int64, documents that begin in the row."""
     num_images: np.ndarray
     """(r,) int64."""
     num_targets: np.ndarray
@@ -74,7 +113,7 @@ class RowCounts:
 class RowBlock:
     """Some rows, and what each holds."""
 
-    rows: tuple[PlannedRow, ...]
+    rows: Sequence[PlannedRow]
     """The r rows."""
     counts: RowCounts
     """What each holds."""
@@ -162,10 +201,11 @@ class SourceRows:
         rows = self._rows(epochs, places)
         pieces = self.table.pieces(rows, epochs, self._seed)
         composed = compose_pieces(self.composer, pieces, epochs[pieces.owner])
-        borders = np.searchsorted(pieces.owner, np.arange(count + 1))
+        begun = np.ones(len(pieces.owner)) if pieces.begins is None else pieces.begins == 0
         return RowBlock(
-            rows=tuple(self._row(pieces, borders, i, int(epochs[i]), int(indices[i])) for i in range(count)),
+            rows=PlannedRows(self.source, indices[:count], epochs, pieces),
             counts=RowCounts(
+                num_documents=_sums(pieces.owner, begun, count),
                 num_images=_sums(pieces.owner, composed.num_images, count),
                 num_targets=_sums(pieces.owner, composed.num_targets, count),
                 num_tokens=_sums(pieces.owner, composed.lengths, count),
@@ -177,19 +217,14 @@ class SourceRows:
     def statistics(self, epoch: int = 0) -> EpochStatistics:
         """Return what an epoch holds and leaves out. Composes the whole epoch."""
         sums = np.zeros(5, dtype=np.int64)
-        documents = 0
         for first in range(0, self.num_rows, READ_ROWS):
             count = min(READ_ROWS, self.num_rows - first)
             block = self.read(epoch * self.num_rows + first, count, np.arange(count))
             counts = block.counts
-            images, targets, tokens = (
-                int(values.sum()) for values in (counts.num_images, counts.num_targets, counts.num_tokens)
-            )
-            sums += [count, tokens, images, int(block.has_context.sum()), targets]
-            # A document that goes on in another row is counted where it begins.
-            documents += sum(len(r.documents) if r.begins is None else int((r.begins == 0).sum()) for r in block.rows)
-        rows, tokens, images, pairs, targets = (int(value) for value in sums)
-        return EpochStatistics(documents, self.left_out, rows, tokens, images, pairs, targets)
+            columns = (counts.num_documents, counts.num_tokens, counts.num_images, counts.num_targets)
+            sums += [*(values.sum() for values in columns), block.has_context.sum()]
+        documents, tokens, images, targets, pairs = sums.tolist()
+        return EpochStatistics(documents, self.left_out, self.num_rows, tokens, images, pairs, targets)
 
     def _rows(self, epochs: np.ndarray, places: np.ndarray) -> np.ndarray:
         """Return the table's row at places of epochs."""
@@ -201,17 +236,6 @@ class SourceRows:
         begins = self._group_ends[groups] - sizes
         keys = keyed_hash(self._seed, Stream.ROW_ORDER, epochs, groups)
         return begins + permute(rows - begins, sizes, keys)
-
-    def _row(self, pieces: RowPieces, borders: np.ndarray, number: int, epoch: int, index: int) -> PlannedRow:
-        part = slice(borders[number], borders[number + 1])
-        return PlannedRow(
-            index=index,
-            epoch=epoch,
-            documents=pieces.documents[part],
-            source=self.source,
-            begins=None if pieces.begins is None else pieces.begins[part],
-            ends=None if pieces.ends is None else pieces.ends[part],
-        )
 
 
 def compose_pieces(composer: Composer, pieces: RowPieces, epochs: np.ndarray) -> ComposedDocuments:

@@ -150,8 +150,10 @@ def _log_data(plan: Plan) -> None:
         images, tokens = source.means
         left_out = ", ".join(f"{number:,} {reason}" for reason, number in source.left_out.items() if number)
         logger.info(
-            "%s: %s rows an epoch, %.2f images and %.0f of %d tokens a row, %.1f%% of all rows%s",
+            "%s: %d documents, %d images: %s rows an epoch, %.2f images and %.0f of %d tokens a row, %.1f%% of rows%s",
             source.corpus.path,
+            source.corpus.num_documents,
+            source.corpus.num_images,
             f"{source.num_rows:,}",
             images,
             tokens,
