@@ -68,6 +68,7 @@ def _size_keys(composer: Composer) -> tuple[list[np.ndarray], dict[str, int]]:
     def measure(begin: int) -> tuple[np.ndarray, dict[str, int]]:
         sizes = composer.sizes(begin, min(composer.num_documents, begin + CHUNK_DOCUMENTS))
         used = sizes.lengths > 0
+        composer.corpus.release_pages()
         keys = used if is_window else np.where(used, sizes.lengths * factor + sizes.num_images, 0)
         return keys.astype(dtype), sizes.left_out
 

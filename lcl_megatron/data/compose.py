@@ -326,7 +326,8 @@ class _Slots:
         lengths = np.zeros(len(segments), dtype=np.int32)
         if len(corpus.segment_lengths):
             # The slot behind the last segment reads the next document's, or the corpus's last one; it is set to 0.
-            np.take(np.asarray(corpus.segment_lengths), segments, mode="clip", out=lengths)
+            # Never ``np.take``: the memory map is not aligned, and it would copy the whole array.
+            lengths = np.asarray(corpus.segment_lengths)[np.minimum(segments, len(corpus.segment_lengths) - 1)]
             lengths[offsets[1:] - 1] = 0
         ends = np.cumsum(lengths, dtype=np.int64)
         return cls(offsets, lengths, ends, np.concatenate([[0], ends])[offsets[:-1]])
