@@ -3,9 +3,9 @@
 python benchmarks/order.py [--rows 5000]
 
 Reads so many rows through the real loader for 1, 2, 3 and 8 data-parallel ranks and for 0, 1, 2 and 5 workers; other
-runs stop at random steps and go on with another layout. Every row is reduced to a hash of its tokens, labels, positions,
-image keys and pixels. The last line is one JSON object: ``runs`` how many runs were compared, ``identical`` how many of
-them read, step by step, exactly the rows of the first.
+runs stop at random steps and go on with another layout. Every row is reduced to a hash of its tokens, labels,
+positions, image keys and pixels. The last line is one JSON object: ``runs`` how many runs were compared, ``identical``
+how many of them read, step by step, exactly the rows of the first.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 python benchmarks/run_all.py --data-path corpus [--folder scratch] [--only packing plan]
 
-Without ``--data-path`` a synthetic corpus is made. ``--folder`` needs 10 GB for the index of the plan benchmark. The last
-line is one JSON object with the last line of every benchmark.
+Without ``--data-path`` a synthetic corpus is made. ``--folder`` needs 10 GB for the index of the plan benchmark. The
+last line is one JSON object with the last line of every benchmark.
 """
 
 from __future__ import annotations
