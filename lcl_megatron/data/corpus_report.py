@@ -214,6 +214,7 @@ article h3 { font-size: .85rem; font-weight: 600; color: #666 } article > small 
 article figure { float: right; clear: right; max-width: 170px; margin: 0 0 .8rem 1.4rem }
 article img, .thumbnails img { max-width: 160px; max-height: 160px; border-radius: 4px; border: 1px solid #e2e2e2 }
 .segment:hover { background: #fff3d6 } .segment { white-space: pre-wrap }
+.segment::after { content: "| "; color: #c4c4c4 }
 .thumbnails { display: flex; flex-wrap: wrap; gap: 1rem }
 .broken { width: 150px; border: 2px solid #c33; border-radius: 4px; padding: .4rem; color: #a11; font-size: .8rem }
 """

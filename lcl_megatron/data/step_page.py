@@ -77,7 +77,7 @@ def _legend() -> Html:
         (element("b", "BOS", class_="badge"), "special token"),
         (element("b", "BoI", class_="badge context"), "is a context: contrasted with its image"),
         (element("b", "BoI", class_="badge"), "is not"),
-        (element("span", SILENT, class_="t"), "a byte of the character behind it"),
+        (element("span", SILENT, class_="t silent"), "a byte of the character behind it"),
     )
     note = (
         "Point at a token for its id, flat position (row in the micro-batch x row length + position), position id and "
@@ -116,16 +116,14 @@ def _coloured(row: RowView) -> Iterator[tuple[DocumentView, str]]:
 
 def _contents(row: RowView) -> Html:
     """Return the row's documents, each with a link to it."""
-    items = (
-        element(
-            "li",
-            element("i", style=f"background:{colour}"),
-            element("a", document.source or "padding", href=f"#{_anchor(row, number)}"),
-            f" \u00b7 {len(document.tokens):,}"
-            + f" \u00b7 {_count(len(document.images), 'image')}" * bool(document.source),
-        )
-        for number, (document, colour) in enumerate(_coloured(row))
-    )
+    items = []
+    for number, (document, colour) in enumerate(_coloured(row)):
+        link = element("a", document.source or "padding", href=f"#{_anchor(row, number)}")
+        sizes = [_count(len(document.tokens), "token")]
+        if document.source:
+            sizes.append(_count(len(document.images), "image"))
+        dot = element("i", style=f"background:{colour}")
+        items.append(element("li", dot, link, *(f" \u00b7 {size}" for size in sizes)))
     return element("ol", *items)
 
 
@@ -203,7 +201,8 @@ def _split(run: Iterable[TokenView], images: dict[int, ImageView]) -> Iterator[l
 
 def _token(token: TokenView) -> Html:
     text = token.text.replace("\n", LINE_BREAK) or SILENT
-    return element("span", text, class_="t target" if token.is_target else "t", **_data([token]))
+    classes = "t" + " target" * token.is_target + " silent" * (not token.text)
+    return element("span", text, class_=classes, **_data([token]))
 
 
 def _badge(token: TokenView, image: ImageView | None) -> Html:
@@ -278,6 +277,7 @@ article h3 { font-size: .82rem; font-weight: 600; color: #666; margin: .2rem 0 .
 article > div { line-height: 1.95 }
 .t { white-space: pre-wrap; unicode-bidi: isolate; padding: 1px 0 2px; margin-right: 1px; color: #777 }
 .t.target { color: #222; border-bottom: 2px solid #9db8e6 }
+.t.silent { color: #bbb }
 .t:hover, .badge:hover, .latents:hover { background: #ffe9b8 }
 .badge { font-size: .68rem; font-weight: 600; background: #eee; color: #666; border-radius: 4px; padding: 1px 5px;
          margin: 0 2px; vertical-align: 1px; border-bottom: 2px solid transparent }

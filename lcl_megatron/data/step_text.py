@@ -36,8 +36,8 @@ def _row(row: RowView) -> Iterator[str]:
     used = len(row.tokens) - row.num_padding
     yield (
         f"row {row.index}: epoch {row.epoch}, micro-batch {row.micro_batch}, row {row.number}; "
-        f"{used / len(row.tokens):.1%} filled, {len(row.images)} images, {row.num_pairs} contrasted, "
-        f"{row.num_targets:,} targets"
+        f"{used / len(row.tokens):.1%} filled; images {len(row.images)}, contrasted {row.num_pairs}, "
+        f"targets {row.num_targets:,}"
     )
     for document in row.documents:
         first, last = document.tokens[0].flat_position, document.tokens[-1].flat_position

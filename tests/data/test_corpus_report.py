@@ -115,12 +115,12 @@ def test_statistics_are_those_of_the_documents(tmp_path: Path, monkeypatch: pyte
 
 def test_odd_images_are_counted_where_they_belong(tmp_path: Path) -> None:
     corpus = write(tmp_path, [document_of(10)]).corpus
-    corpus.image_width = np.array([0, 500, 40, 30, 1, 60_000, 300, 300, 300, 300], dtype=np.int32)
-    corpus.image_height = np.array([9, 100, 130, 90, 1, 60_000, 300, 300, 300, 300], dtype=np.int32)
+    corpus.image_width = np.array([0, 500, 40, 30, 1, 60_000, 90, 300, 300, 300], dtype=np.int32)
+    corpus.image_height = np.array([9, 100, 130, 90, 1, 60_000, 30, 300, 300, 300], dtype=np.int32)
     corpus.image_similarity = np.array([np.nan, -0.5, 1, 1, 1.5, 0.24, 0.2399, 0.25, 0, 0.995], dtype=np.float32)
     images = read_statistics(corpus, 0.24).images
     assert images.unknown_size == 1
-    assert images.extreme_aspect == 2  # 500 x 100 and 40 x 130; 30 x 90 is just not
+    assert images.extreme_aspect == 2  # 500 x 100 and 40 x 130; 30 x 90 and 90 x 30 are just not
     assert images.sizes.sum() == 9
     assert (images.sizes[0, 0], images.sizes[-1, -1]) == (1, 1)
     assert images.similarity.sum() == 9

@@ -221,8 +221,10 @@ def test_text_rendering_names_everything_and_steers_no_terminal(view: StepView, 
     joined = " ".join(text.split())
     assert f"step {STEP}: rows 8 to 15" in text
     for batch, row in rows_of(trained):
-        assert f"{len(slots_of(batch, row))} images, " in text
-        assert f"{int(batch.loss_mask[row].sum())} targets" in text
+        slots = slots_of(batch, row)
+        contrasted = sum(bool(batch.pair_mask[slot]) for slot in slots)
+        targets = int(batch.loss_mask[row].sum())
+        assert f"images {len(slots)}, contrasted {contrasted}, targets {targets}\n" in text
     assert joined.count("<BoI: context>") == sum(int(batch.pair_mask.sum()) for batch in trained.micro_batches)
     assert joined.count("[image ") == sum(batch.num_images for batch in trained.micro_batches)
     assert joined.count("BAD: cannot be decoded") == len(trained.bad_images)
