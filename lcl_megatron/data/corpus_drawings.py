@@ -17,7 +17,7 @@ from lcl_megatron.data.corpus_statistics import (
 )
 from lcl_megatron.data.drawing import PALETTE, figure, picture
 from lcl_megatron.data.histogram import Histogram
-from lcl_megatron.data.page import Html, element, svg_image
+from lcl_megatron.data.page import Html, counted, element, svg_image
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -110,8 +110,6 @@ def _histogram(
 
 def _sources(documents: np.ndarray) -> Html:
     """Draw the documents of every source."""
-    from matplotlib.ticker import MaxNLocator
-
     title = "Documents per source"
     with figure(*SIZE) as drawn:
         axes = drawn.subplots()
@@ -119,14 +117,14 @@ def _sources(documents: np.ndarray) -> Html:
             axes.bar(np.arange(len(documents)), documents, width=0.85, color=PALETTE[0])
         else:
             axes.stairs(documents, np.arange(len(documents) + 1) - 0.5, fill=True, color=PALETTE[0])
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.set_xlim(-0.8, len(documents) - 0.2)
         _finish(axes, title, "number of the source", "documents")
         drawing = svg_image(picture(drawn), title)
     low, middle, high = np.quantile(documents, (0, 0.5, 1))
     return _captioned(
         drawing,
-        f"{len(documents):,} sources, numbered in the order of the corpus: {low:,.0f} to {high:,.0f} documents, "
-        f"median {middle:,.0f}.",
+        f"{counted(len(documents), 'source')}, numbered in the order of the corpus: {low:,.0f} to {high:,.0f} "
+        f"documents, median {middle:,.0f}.",
     )
 
 
@@ -142,7 +140,7 @@ def _similarity(statistics: CorpusStatistics) -> Html:
         shown = SIMILARITY_EDGES[np.flatnonzero(images.similarity)]
         axes.set_xlim(min(threshold, shown.min(initial=1)) - 0.05, max(threshold, shown.max(initial=0)) + 0.06)
         _mark(axes, threshold, f"{threshold:g}")
-        _finish(axes, title, "CLIP similarity", "images")
+        _finish(axes, title, "CLIP similarity", "images", is_whole=False)
         drawing = svg_image(picture(drawn), title)
     total, documents = images.bytes.total, statistics.document_images.total
     one = f"{share(images.similarity_of_one, total)} are exactly 1, which is also written where a source gives none."
@@ -169,11 +167,12 @@ def _sizes(images: ImageStatistics) -> Html:
             mesh = axes.pcolormesh(edges, edges, counts, norm=scale, cmap="viridis")
             drawn.colorbar(mesh, ax=axes, label="images")
         axes.set_aspect("equal")
-        _finish(axes, title, "width, pixels", "height, pixels")
+        axes.set_title(title, loc="left")
+        axes.set_xlabel("width, pixels")
+        axes.set_ylabel("height, pixels")
         for axis, change in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
             change("log", base=2)
             axis.set_major_formatter("{x:g}")
-        axes.grid(False)
         drawing = svg_image(picture(drawn), title)
     known, unknown = images.short_side.total, images.unknown_size
     return _captioned(
@@ -218,9 +217,9 @@ def _mark(axes: Axes, value: float, text: str) -> None:
     )
 
 
-def _finish(axes: Axes, title: str, x: str, y: str) -> None:
-    """Label a drawing; round numbers on logarithmic axes."""
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+def _finish(axes: Axes, title: str, x: str, y: str, is_whole: bool = True) -> None:
+    """Label a drawing of counts; whole numbers to the right or, like similarities, not."""
+    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
     axes.set_title(title, loc="left")
     axes.set_xlabel(x)
@@ -228,8 +227,12 @@ def _finish(axes: Axes, title: str, x: str, y: str) -> None:
     if axes.get_xscale() == "log":
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
         axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=is_whole, min_n_ticks=1))
+    axes.set_ylim(0, max(1, axes.get_ylim()[1]))
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-    if axes.get_xlim()[1] > 1:
+    if is_whole:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(True, axis="y")
     axes.set_axisbelow(True)

@@ -18,7 +18,7 @@ from lcl_megatron.data.corpus_drawings import document_drawings, image_drawings,
 from lcl_megatron.data.corpus_statistics import CorpusStatistics, Duplicates, RejectReason, read_statistics
 from lcl_megatron.data.document import ImageKind
 from lcl_megatron.data.images import ImageError, decode_rgb
-from lcl_megatron.data.page import Html, cards, element, jpeg_image, table, write_page
+from lcl_megatron.data.page import Html, cards, counted, element, jpeg_image, table, write_page
 
 NUM_EXAMPLES = 6
 """Documents that are shown."""
@@ -61,8 +61,8 @@ def write_report(corpus: Corpus, path: Path) -> None:
         element("h2", "Left out"),
         *_rejects(statistics.rejects),
         element("h2", "Some documents"),
-        element("p", f"{min(NUM_EXAMPLES, corpus.num_documents)} random documents, as the corpus holds them: before a "
-                "run chooses among the images and draws where they stand."),
+        element("p", "Random ones, as the corpus holds them: before a run chooses among the images and draws where they "
+                "stand. A line divides text segments."),
         *(_document(corpus, document) for document in _example_documents(corpus)),
     )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def write_report(corpus: Corpus, path: Path) -> None:
 def _header(corpus: Corpus, statistics: CorpusStatistics) -> Iterator[tuple[str, object, str]]:
     counts = corpus.manifest["counts"]
     documents, images = max(1, corpus.num_documents), max(1, corpus.num_images)
-    yield "Documents", f"{corpus.num_documents:,}", f"of {len(statistics.source_documents):,} sources"
+    yield "Documents", f"{corpus.num_documents:,}", f"of {counted(len(statistics.source_documents), 'source')}"
     yield "Images", f"{corpus.num_images:,}", f"{corpus.num_images / documents:.2f} per document"
     yield "Text tokens", f"{counts['tokens']:,}", f"{counts['tokens'] / documents:,.0f} per document"
     yield "Image bytes", _size(counts["image_bytes"]), f"{_size(counts['image_bytes'] / images)} per image"
@@ -88,7 +88,7 @@ def _header(corpus: Corpus, statistics: CorpusStatistics) -> Iterator[tuple[str,
 def _source_table(corpus: Corpus, documents: np.ndarray) -> Html:
     names = [source["name"] for source in corpus.manifest["sources"]]
     order: Sequence[int] = range(len(names))
-    title = f"The {len(names)} sources"
+    title = f"List of {counted(len(names), 'source')}"
     if len(names) > MAX_SOURCES:
         by_size = np.argsort(documents, kind="stable")
         order = [*by_size[: MAX_SOURCES // 2].tolist(), *by_size[-(MAX_SOURCES // 2) :].tolist()]
@@ -161,8 +161,8 @@ def _document(corpus: Corpus, document: int) -> Html:
     left = (("text segments", end - first - MAX_SEGMENTS), ("images", len(images) - MAX_IMAGES))
     more = ", ".join(f"{number:,} more {what}" for what, number in left if number > 0)
     heading = (
-        f"{corpus.document_source(document)} \u00b7 document {document:,} \u00b7 {tokens:,} tokens in {end - first:,} "
-        f"segments \u00b7 {len(images):,} image{'s' * (len(images) != 1)}"
+        f"{corpus.document_source(document)} \u00b7 document {document:,} \u00b7 {counted(tokens, 'token')} in "
+        f"{counted(end - first, 'segment')} \u00b7 {counted(len(images), 'image')}"
     )
     return element("article", element("h3", heading), element("div", *blocks), element("small", more))
 

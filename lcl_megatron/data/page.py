@@ -65,6 +65,11 @@ def visible(text: str) -> str:
     return text.translate(VISIBLE)
 
 
+def counted(number: int, what: str) -> str:
+    """Return ``1 image`` or ``2,000 images``."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
 def table(head: Iterable[object], rows: Iterable[Iterable[object]], class_: str | None = None) -> Html:
     """Return a table that scrolls sideways where it is too wide."""
     lines = [element("tr", *(element("th", cell) for cell in head))]

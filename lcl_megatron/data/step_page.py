@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lcl_megatron.data.page import Html, cards, element, png_image, table, write_page
+from lcl_megatron.data.page import Html, cards, counted, element, png_image, table, write_page
 from lcl_megatron.data.step_view import DocumentView, ImageView, RowView, StepView, TokenView, attention_mask
 
 COLOURS = ("#3566b8", "#2e8b57", "#a8327d", "#7a6a00", "#b5541c", "#5b4bb0")
@@ -92,7 +92,7 @@ def _row(row: RowView, num_latents: int) -> Html:
     facts = (
         f"epoch {row.epoch} \u00b7 micro-batch {row.micro_batch}, row {row.number} \u00b7 "
         f"{used:,} of {len(row.tokens):,} positions filled ({used / len(row.tokens):.1%}) \u00b7 "
-        f"{_count(len(row.images), 'image')}, {row.num_pairs} contrasted \u00b7 {row.num_targets:,} text targets"
+        f"{counted(len(row.images), 'image')}, {row.num_pairs} contrasted \u00b7 {row.num_targets:,} text targets"
     )
     colours = [colour for _, colour in _coloured(row)]
     mask = element(
@@ -119,9 +119,9 @@ def _contents(row: RowView) -> Html:
     items = []
     for number, (document, colour) in enumerate(_coloured(row)):
         link = element("a", document.source or "padding", href=f"#{_anchor(row, number)}")
-        sizes = [_count(len(document.tokens), "token")]
+        sizes = [counted(len(document.tokens), "token")]
         if document.source:
-            sizes.append(_count(len(document.images), "image"))
+            sizes.append(counted(len(document.images), "image"))
         dot = element("i", style=f"background:{colour}")
         items.append(element("li", dot, link, *(f" \u00b7 {size}" for size in sizes)))
     return element("ol", *items)
@@ -129,10 +129,6 @@ def _contents(row: RowView) -> Html:
 
 def _anchor(row: RowView, number: int) -> str:
     return f"row-{row.index}-{number}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def _ruler(row: RowView, num_latents: int) -> Html:
