@@ -61,8 +61,8 @@ def write_report(corpus: Corpus, path: Path) -> None:
         element("h2", "Left out"),
         *_rejects(statistics.rejects),
         element("h2", "Some documents"),
-        element("p", "Random ones, as the corpus holds them: before a run chooses among the images and draws where they "
-                "stand. A line divides text segments."),
+        element("p", "Random ones, as the corpus holds them: before a run chooses among the images and places them. "
+                "A line divides text segments."),
         *(_document(corpus, document) for document in _example_documents(corpus)),
     )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
