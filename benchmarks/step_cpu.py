@@ -101,7 +101,7 @@ class Flags:
                 num_attention_heads=max(1, self.language_width // 64),
                 max_position_embeddings=self.seq_length,
             ),
-            data=DataConfig(data_path=str(corpus), seq_length=self.seq_length, num_workers=self.num_workers),
+            data=DataConfig(data_path=(str(corpus),), seq_length=self.seq_length, num_workers=self.num_workers),
             training=TrainingConfig(
                 train_iters=self.warmup_steps + self.steps,
                 global_batch_size=self.rows,

@@ -76,7 +76,7 @@ def tiny_run(tiny_vision: VisionConfig, tiny_language: LanguageConfig) -> RunCon
         vision=tiny_vision,
         pool=PoolConfig(num_attention_heads=4),
         language=tiny_language,
-        data=DataConfig(seq_length=64, packing_window=64, num_workers=0),
+        data=DataConfig(seq_length=64, num_workers=0),
         training=TrainingConfig(
             train_iters=4, global_batch_size=4, micro_batch_size=2, precision="fp32", transformer_impl="torch"
         ),

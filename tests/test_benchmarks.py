@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -97,23 +98,49 @@ def test_step_cpu_makes_a_corpus_of_its_own(
     assert report["images_per_s"] > 0
 
 
+ROWS = ["--num-latents", "16"]
+
+
 def test_packing(synthetic: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [
-        "--data-path",
-        str(synthetic),
-        "--window",
-        "64",
-        "--num-latents",
-        "16",
-        "--seq-length",
-        "512",
-        "--min-seconds",
-        "0.05",
-    ]
+    arguments = ["--data-path", str(synthetic), *ROWS, "--seq-length", "512", "--min-seconds", "0.05"]
     lines, report = run("packing.py", arguments, monkeypatch, capsys)
     assert "60 documents" in lines[0]
     assert report["documents"] == 60
-    assert report["fill_one_per_row"] < report["fill"] <= 1.0
+    assert report["fill_one_per_row"] < report["fill"] <= report["fill_window"] <= 1.0
+
+
+def test_balance(synthetic: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--data-path", str(synthetic), *ROWS, "--ranks", "4", "--rows-per-rank", "8", "--steps", "5"]
+    _, report = run("balance.py", arguments, monkeypatch, capsys)
+    assert 1.0 <= report["mean_max_over_mean"] <= report["max_over_mean"] < report["max_over_mean_undealt"]
+    # Counts are integers: no deal is better than the mean rounded up.
+    assert report["max_over_mean"] <= -(-report["images_per_rank"] // 1) / report["images_per_rank"] + 0.1
+
+
+def test_mixture(synthetic: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    paths, views = [str(synthetic)] * 2, ["pairs", "interleaved"]
+    for unit in ("images", "tokens"):
+        arguments = ["--data-path", *paths, "--view", *views, *ROWS, "--weights", "1", "3", "--by", unit]
+        lines, report = run("mixture.py", [*arguments, "--rows", "3000"], monkeypatch, capsys)
+        assert 0 < report["max_share_error"] < 0.01
+        shares = [float(line.split(": ")[1].split("%")[0]) for line in lines[-3:-1]]
+        assert sum(shares) == pytest.approx(100, abs=0.11)
+
+
+def test_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--documents", "30000", "--folder", str(tmp_path)]
+    lines, report = run("plan.py", arguments, monkeypatch, capsys)
+    assert lines[0].startswith("making the index of 30,000 documents")
+    assert 30_000 / 6 < report["rows_per_epoch"] < 30_000 / 2
+    assert 0.97 < report["fill"] <= 1.0
+    assert 0 < report["row_ms"] < report["step_ms"]
+    again, _ = run("plan.py", arguments, monkeypatch, capsys)
+    assert not again[0].startswith("making")
+    corpus = Corpus.open(tmp_path / "index-30000")
+    assert corpus.num_documents == 30_000
+    assert np.array_equal(np.diff(corpus.text_tokens_before(np.arange(1000))), corpus.segment_lengths[:999])
+    owner = np.repeat(np.arange(30_000), np.diff(corpus.document_images))
+    assert (corpus.image_segment < np.diff(corpus.document_segments)[owner]).all()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the benchmark itself would run")

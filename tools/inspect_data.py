@@ -16,7 +16,7 @@ from pathlib import Path
 
 import tyro
 
-from lcl_megatron.config.errors import ConfigError
+from lcl_megatron.config.errors import ConfigError, require
 from lcl_megatron.config.sources import load_run_config
 from lcl_megatron.config.validate import data_parallel_size, validate
 from lcl_megatron.data.corpus_report import write_report
@@ -24,7 +24,7 @@ from lcl_megatron.data.indexed_file import CorpusError
 from lcl_megatron.data.step_page import write_step_page
 from lcl_megatron.data.step_text import render_step
 from lcl_megatron.data.step_view import Selection, view_step
-from lcl_megatron.training.setup import build_plan, open_corpus, with_vocabulary
+from lcl_megatron.training.setup import build_plan, open_corpora, with_vocabulary
 
 
 @dataclass(frozen=True)
@@ -44,18 +44,19 @@ def main() -> None:
     inspection, others = tyro.cli(Inspection, description=__doc__, return_unknown_args=True)
     try:
         config = load_run_config(others, prog="inspect_data.py")
-        corpus = open_corpus(config)
+        corpora = open_corpora(config)
         if inspection.statistics is not None:
-            write_report(corpus, inspection.statistics)
+            require(len(corpora) == 1, f"--statistics is of one corpus; --data-path names {len(corpora)}: give one")
+            write_report(corpora[0], inspection.statistics)
             print(f"wrote {inspection.statistics}")
             if inspection.output is None:
                 return
-        config = with_vocabulary(config, corpus)
+        config = with_vocabulary(config, corpora)
         parallel = config.parallel
         replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
         world_size = inspection.world_size or replica * parallel.context_parallel_size
         validate(config, world_size)
-        plan = build_plan(config, corpus, data_parallel_size(config, world_size))
+        plan = build_plan(config, corpora, data_parallel_size(config, world_size))
         view = view_step(plan, config.vision.image_size, inspection)
         if inspection.output is None:
             print(render_step(view))

@@ -16,7 +16,7 @@ import logging
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,8 @@ class Progress:
     """Rows of the data order that have been trained on; where the data order goes on under any layout."""
     consumed_images: int = 0
     """Images that have been trained on."""
-    data_fingerprint: str = ""
-    """Names the sequence of rows: corpus, seed and composition."""
+    data: dict[str, str] = field(default_factory=dict)
+    """All that decides the sequence of rows, by name: corpora, seed, mixture and composition."""
 
 
 @dataclass(frozen=True)

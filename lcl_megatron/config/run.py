@@ -14,20 +14,34 @@ from lcl_megatron.config.model import LanguageConfig, LossConfig, PoolConfig, Vi
 class DataConfig:
     """Which corpus is read and how rows are composed from it."""
 
-    data_path: str = ""
-    """Folder of a preprocessed corpus (``tools/preprocess_data.py --output``)."""
+    data_path: tuple[str, ...] = ()
+    """Folders of preprocessed corpora (``tools/preprocess_data.py --output``), made with one tokenizer."""
+    mixture_weights: tuple[float, ...] = ()
+    """Share of each corpus, in any unit; empty = in proportion to their rows, so that all end an epoch together."""
+    mixture_by: Literal["images", "tokens"] = "images"
+    """What the shares are shares of."""
+    view: tuple[Literal["interleaved", "pairs"], ...] = ("interleaved",)
+    """What a document is, for each corpus or for all: ``interleaved`` = as its source wrote it; ``pairs`` = every image
+    with the sentence that it is matched to (MMC4-Pair)."""
     tokenizer_model: str = ""
-    """SentencePiece model; empty = the copy inside the corpus. Another tokenizer than the corpus's is refused."""
+    """SentencePiece model; empty = the copy inside the corpus. Another tokenizer than the corpora's is refused."""
     seq_length: int = 2048
     """Tokens S of a row, image latents included."""
     min_similarity: float = 0.24
     """Images whose CLIP similarity to their sentence is lower are left out (MMC4 rule of the paper)."""
     max_images_per_document: int = 6
-    """At most so many images of a document, chosen at random per epoch."""
-    packing_window: int = 2048
-    """Documents among which best-fit packing chooses; larger fills rows better."""
+    """At most so many images of a document."""
+    too_many_images: Literal["sample", "skip"] = "sample"
+    """A document with more: ``sample`` = a random choice per epoch (MMC4); ``skip`` = left out (OBELICS)."""
+    layout: Literal["packed", "pad", "window"] = "packed"
+    """How documents fill rows: ``packed`` = whole ones, best fit; ``pad`` = one per row (MMC4 in the paper);
+    ``window`` = their concatenation is cut into rows, images whole (OBELICS in the paper)."""
     max_images_per_row: int = 0
-    """Image budget of a row; 0 = no limit beyond the row's tokens."""
+    """Image budget of a packed row; 0 = no limit beyond the row's tokens."""
+    max_images_per_micro_batch: int = 0
+    """Image budget of a micro-batch, for the memory of the vision tower; 0 = no limit. A step over it is refused."""
+    cache_dir: str = ""
+    """Where the tables of rows of large corpora are kept; empty = ``NAME.cache`` beside each corpus."""
     context_rule: Literal["content", "index"] = "content"
     """When an image is contrasted: ``content`` = it has an earlier content token in its document; ``index`` = its
     ``<BoI>`` is not at position 0 of the document (official recipe)."""
@@ -46,12 +60,25 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(self.seq_length >= 2, f"data.seq_length = {self.seq_length}; at least 2 tokens are needed")
-        require_positive(
-            self, "data", "packing_window", "max_images_per_document", "max_image_pixels", "prefetch_factor"
-        )
-        for name in ("max_images_per_row", "num_workers"):
+        require_positive(self, "data", "max_images_per_document", "max_image_pixels", "prefetch_factor")
+        for name in ("max_images_per_row", "max_images_per_micro_batch", "num_workers"):
             value = getattr(self, name)
             require(value >= 0, f"data.{name} = {value}; it must not be negative")
+        corpora = len(self.data_path)
+        for name, allowed in (("mixture_weights", (0, corpora)), ("view", (1, corpora))):
+            value = getattr(self, name)
+            require(
+                len(value) in allowed,
+                f"data.{name} has {len(value)} entries for {corpora} corpora in data.data_path; give one for each",
+            )
+        require(
+            all(0 < weight < math.inf for weight in self.mixture_weights),
+            f"data.mixture_weights = {self.mixture_weights}; every weight must be positive",
+        )
+        require(
+            self.layout != "window" or "pairs" not in self.view,
+            "data.layout = 'window' cuts documents where rows end; pairs are packed whole: choose packed or pad",
+        )
         scale, ratio = self.crop_scale, self.crop_ratio
         require(
             0 < scale[0] <= scale[1] <= 1,
@@ -188,6 +215,9 @@ class CheckpointConfig:
     """Folder of checkpoints to start from (the newest complete one) while ``save`` holds none."""
     save_interval: int = 1000
     """Steps between checkpoints; one is also written at the end."""
+    allow_data_change: bool = False
+    """Continue a checkpoint on other data, or with another seed or composition of rows: weights, optimizer and step go
+    on, the new data begin with their first row. Without it such a run is refused."""
 
     def __post_init__(self) -> None:
         require_positive(self, "checkpoint", "save_interval")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from lcl_megatron.data.batch import PackedBatch
-from lcl_megatron.data.compose import Composer
-from lcl_megatron.data.rows import PlannedRow
+from lcl_megatron.data.compose import ComposedDocuments
+
+if TYPE_CHECKING:
+    from lcl_megatron.data.mixture import RowSequence
+    from lcl_megatron.data.rows import PlannedRow
 
 IMAGE_BITS = 40
 """Bits of an image key that hold the image's index; the epoch is above them."""
@@ -25,14 +30,14 @@ class CollatedRows:
     batch: PackedBatch
     """The micro-batch, ``images`` None, every real image taken for good."""
     images: np.ndarray
-    """(num_images,) int64, the images' indices in the corpus."""
+    """(num_images,) int64, the run's numbers of the images (see ``RowSequence.image_bytes``)."""
 
 
 def image_key(images: np.ndarray, epochs: np.ndarray) -> np.ndarray:
     """Return the key of images in an epoch: positive, and different for every (image, epoch).
 
     Args:
-        images: (k,) int64, index in the corpus, below 2**40 - 1.
+        images: (k,) int64, number of the image in the run, below 2**40 - 1.
         epochs: (k,) int64, below 2**23.
 
     Returns:
@@ -41,37 +46,35 @@ def image_key(images: np.ndarray, epochs: np.ndarray) -> np.ndarray:
     return (epochs.astype(np.int64) << IMAGE_BITS) + images + 1
 
 
-def collate_rows(composer: Composer, rows: Sequence[PlannedRow]) -> CollatedRows:
+def collate_rows(sequence: RowSequence, rows: Sequence[PlannedRow]) -> CollatedRows:
     """Read the tokens of a micro-batch's rows and lay them out (see ``PackedBatch`` for every tensor).
 
     Documents follow each other from the row's begin; what is left is one more document, of padding. A micro-batch
     without images has one blank slot, so that the encoder takes part in every backward pass.
 
     Args:
-        composer: Composes and reads the documents.
+        sequence: The rows of the run; composes and reads the documents.
         rows: The B rows.
 
     Raises:
         ValueError: If a row's documents are longer than the row.
         CorpusError: If the corpus is damaged.
     """
-    seq_length = composer.config.seq_length
-    counts = [len(row.documents) for row in rows]
-    documents = np.concatenate([row.documents for row in rows])
-    composed = composer.compose(documents, np.repeat([row.epoch for row in rows], counts))
-    row_of = np.repeat(np.arange(len(rows)), counts)
-    starts, borders = _place(composed.lengths, row_of, len(rows), seq_length)
+    seq_length = sequence.config.seq_length
+    content = _compose(sequence, rows)
+    composed = content.composed
+    starts, borders = _place(composed.lengths, content.row_of, len(rows), seq_length)
 
-    special = composer.corpus.special_tokens
+    special = sequence.special_tokens
     tokens = np.full(len(rows) * seq_length, special.pad, dtype=np.int64)
-    for index, start in enumerate(starts):
-        tokens[start : start + composed.lengths[index]] = composer.tokens(composed, index)
+    for start, piece in zip(starts.tolist(), content.tokens, strict=True):
+        tokens[start : start + len(piece)] = piece
     targets = np.append(tokens[1:], special.pad)
     loss_mask = (targets != special.pad) & (targets != special.image) & (targets != special.eoi)
     loss_mask[borders[1:] - 1] = False  # the next token is another document's
     position_ids = np.arange(len(tokens)) - np.repeat(borders[:-1], np.diff(borders))
 
-    owner = np.repeat(np.arange(len(documents)), composed.num_images)
+    owner = np.repeat(np.arange(len(starts)), composed.num_images)
     context_slots = starts[owner] + composed.image_positions
     keys = image_key(composed.images, composed.epochs[owner])
     is_blank = len(keys) == 0
@@ -92,6 +95,50 @@ def collate_rows(composer: Composer, rows: Sequence[PlannedRow]) -> CollatedRows
         num_images=len(keys),
     )
     return CollatedRows(batch, composed.images)
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What some rows hold, document by document. n documents."""
+
+    composed: ComposedDocuments
+    """The documents, row after row, with the run's numbers of images."""
+    row_of: np.ndarray
+    """(n,) int64, row of each document; ascending."""
+    tokens: list[np.ndarray]
+    """Tokens of each document."""
+
+
+def _compose(sequence: RowSequence, rows: Sequence[PlannedRow]) -> _Content:
+    """Compose the rows of every corpus together, and put them back into order."""
+    parts, tokens, row_of = [], [], []
+    for source in sorted({row.source for row in rows}):
+        numbers = [number for number, row in enumerate(rows) if row.source == source]
+        own = [rows[number] for number in numbers]
+        composer = sequence.sources[source].composer
+        counts = [len(row.documents) for row in own]
+        documents = np.concatenate([row.documents for row in own])
+        whole = composer.compose(documents, np.repeat([row.epoch for row in own], counts))
+        shown = _shown(whole, own, composer.num_latents)
+        begins = np.zeros(len(documents), dtype=np.int64) if shown is whole else _joined(own, "begins")
+        for index, (begin, length) in enumerate(zip(begins.tolist(), shown.lengths.tolist(), strict=True)):
+            tokens.append(composer.tokens(whole, index)[begin : begin + length])
+        parts.append(dataclasses.replace(shown, images=shown.images + int(sequence.image_begins[source])))
+        row_of.append(np.repeat(numbers, counts))
+    all_rows = np.concatenate(row_of)
+    order = np.argsort(all_rows, kind="stable")
+    return _Content(ComposedDocuments.join(parts, order), all_rows[order], [tokens[i] for i in order])
+
+
+def _shown(whole: ComposedDocuments, rows: Sequence[PlannedRow], num_latents: int) -> ComposedDocuments:
+    """Return the parts of documents that stand in rows; ``whole`` itself if they are whole."""
+    if rows[0].begins is None:
+        return whole
+    return whole.part(_joined(rows, "begins"), np.minimum(_joined(rows, "ends"), whole.lengths), num_latents)
+
+
+def _joined(rows: Sequence[PlannedRow], name: str) -> np.ndarray:
+    return np.concatenate([getattr(row, name) for row in rows])
 
 
 def _place(lengths: np.ndarray, row_of: np.ndarray, num_rows: int, seq_length: int) -> tuple[np.ndarray, np.ndarray]:

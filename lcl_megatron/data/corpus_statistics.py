@@ -133,6 +133,7 @@ def read_statistics(corpus: Corpus, min_similarity: float) -> CorpusStatistics:
         document_images.add(np.diff(borders))
         good = _add_images(images, corpus, slice(int(borders[0]), int(borders[-1])), min_similarity)
         similar_documents += int(np.count_nonzero(_sums(good, borders)))
+        corpus.release_pages()
     return CorpusStatistics(
         min_similarity=min_similarity,
         source_documents=sources,

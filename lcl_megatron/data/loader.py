@@ -28,7 +28,7 @@ from lcl_megatron.data.collate import CollatedRows, collate_rows
 from lcl_megatron.data.images import ImageError, TrainingTransform, blank_image
 
 if TYPE_CHECKING:
-    from lcl_megatron.data.corpus import Corpus
+    from lcl_megatron.data.mixture import RowSequence
     from lcl_megatron.data.plan import Plan
 
 ALIGNMENT_BYTES = 64
@@ -131,25 +131,26 @@ class _Steps(Dataset["_Parcel"]):
 
     def __getitem__(self, step: int) -> _Parcel:
         plan = self.plan.step(step, self.row_of_step_0 + step * self.plan.global_batch_size)
-        composer = self.plan.sequence.composer
         batches, bad_images = [], []
         for rows in plan.micro_batches(self.dp_rank):
-            collated = collate_rows(composer, rows)
+            collated = collate_rows(self.plan.sequence, rows)
             if self.transform is None:
                 batches.append(collated.batch)
             else:
-                batch, bad = add_images(collated, composer.corpus, self.transform)
+                batch, bad = add_images(collated, self.plan.sequence, self.transform)
                 batches.append(batch)
                 bad_images.extend(bad)
         return _Parcel.seal(StepBatch(plan.step, plan.layout, tuple(batches), tuple(bad_images)))
 
 
-def add_images(collated: CollatedRows, corpus: Corpus, transform: TrainingTransform) -> tuple[PackedBatch, list[str]]:
+def add_images(
+    collated: CollatedRows, sequence: RowSequence, transform: TrainingTransform
+) -> tuple[PackedBatch, list[str]]:
     """Decode the images of a micro-batch. One that cannot be decoded is blank and not ok; nothing is re-drawn.
 
     Args:
         collated: The micro-batch.
-        corpus: Holds the encoded images.
+        sequence: Reads the encoded images.
         transform: Makes (3, size, size) uint8 pixels of bytes and image key.
 
     Returns:
@@ -161,10 +162,10 @@ def add_images(collated: CollatedRows, corpus: Corpus, transform: TrainingTransf
     bad = []
     for slot, image in enumerate(collated.images.tolist()):
         try:
-            pixels[slot] = transform(corpus.image_bytes(image), int(batch.image_keys[slot]))
+            pixels[slot] = transform(sequence.image_bytes(image), int(batch.image_keys[slot]))
         except ImageError as error:
             image_ok[slot] = False
-            bad.append(f"{corpus.image_source(image)}: {error}")
+            bad.append(f"{sequence.image_source(image)}: {error}")
     return dataclasses.replace(batch, images=pixels, image_ok=image_ok), bad
 
 

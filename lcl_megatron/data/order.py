@@ -11,7 +11,6 @@ It uses integers only, so the order of a run is the same on every platform and u
 
 from __future__ import annotations
 
-import math
 from enum import IntEnum
 
 import numpy as np
@@ -20,16 +19,15 @@ GOLDEN = 0x9E3779B97F4A7C15
 MASK_64 = (1 << 64) - 1
 NUM_ROUNDS = 6
 """Feistel rounds of a permutation; from 4 on, one with a good round function passes for random (Luby and Rackoff)."""
-BITS_PER_WORD = 64
 
 
 class Stream(IntEnum):
     """What a random number decides. Decisions in different streams are independent of each other."""
 
     DOCUMENT_ORDER = 1
-    """Place of a document in its epoch."""
+    """Which of the documents that could stand in a row stands there."""
     ROW_ORDER = 2
-    """Place of a packed row in its window."""
+    """Place of a row in its epoch."""
     SENTENCE_IMAGE = 3
     """Which of the images of one sentence stays."""
     IMAGE_CHOICE = 4
@@ -70,82 +68,46 @@ def keyed_uniforms(count: int, *values: int) -> list[float]:
     return [(_mix_int(key + (index + 1) * GOLDEN) >> 11) / (1 << 53) for index in range(count)]
 
 
-class Permutation:
-    """A keyed permutation of range(n) that is computed where it is asked for, in O(1) memory.
+def permute(positions: np.ndarray, sizes: np.ndarray | int, keys: np.ndarray | int) -> np.ndarray:
+    """Return elements of keyed permutations of range(size), computed where they are asked for, in O(1) memory.
 
-    A Feistel network over pairs (left, right) of digits to the base ceil(sqrt(n)): each round maps (left, right) to
-    (right, left + hash(right)) and is invertible. The at most 2 sqrt(n) + 1 values behind n are mapped again until
-    they fall below it (cycle walking), which keeps the map a bijection of range(n).
-
-    Args:
-        n: Number of elements, at least 1.
-        key: Chooses the permutation, e.g. ``int(keyed_hash(seed, Stream.DOCUMENT_ORDER, epoch))``.
-    """
-
-    def __init__(self, n: int, key: int) -> None:
-        if n < 1:
-            raise ValueError(f"a permutation of {n} elements does not exist; n must be at least 1")
-        self.n = n
-        """Number of elements."""
-        self._base = np.uint64(math.isqrt(n - 1) + 1)
-        self._round_keys = [np.uint64(keyed_hash(key, index)) for index in range(NUM_ROUNDS)]
-
-    def __call__(self, positions: np.ndarray) -> np.ndarray:
-        """Return the elements at some positions.
-
-        Args:
-            positions: Integers in [0, n), any shape.
-
-        Returns:
-            int64 of the same shape.
-
-        Raises:
-            IndexError: If a position is outside [0, n).
-        """
-        positions = np.asarray(positions)
-        if positions.size and not (0 <= positions.min() and positions.max() < self.n):
-            raise IndexError(f"positions from {positions.min()} to {positions.max()} of a permutation of {self.n}")
-        values = self._encrypt(positions.astype(np.uint64).reshape(-1))
-        outside = np.flatnonzero(values >= np.uint64(self.n))
-        while outside.size:
-            values[outside] = self._encrypt(values[outside])
-            outside = outside[values[outside] >= np.uint64(self.n)]
-        return values.astype(np.int64).reshape(positions.shape)
-
-    def _encrypt(self, values: np.ndarray) -> np.ndarray:
-        left, right = np.divmod(values, self._base)
-        with np.errstate(over="ignore"):
-            for key in self._round_keys:
-                left, right = right, (left + _mix(right + key) % self._base) % self._base
-        return left * self._base + right
-
-
-class IndexSet:
-    """A fixed subset of range(n) that finds its k-th element; 2 bits per element of the range.
+    A Feistel network over pairs (left, right) of digits to the base ceil(sqrt(size)): each round maps (left, right)
+    to (right, left + hash(right)) and is invertible. The at most 2 sqrt(size) + 1 values behind the size are mapped
+    again until they fall below it (cycle walking), which keeps the map a bijection of range(size).
 
     Args:
-        member: (n,) bool.
+        positions: (k,) integers, each below its size.
+        sizes: (k,) int64 or one for all, below 2**52: how many elements the permutation has.
+        keys: (k,) uint64 or one for all: which permutation, e.g. ``keyed_hash(seed, Stream.ROW_ORDER, epoch)``.
+
+    Returns:
+        (k,) int64.
+
+    Raises:
+        IndexError: If a position is negative or not below its size.
     """
+    positions = np.asarray(positions, dtype=np.int64)
+    sizes = np.broadcast_to(np.asarray(sizes, dtype=np.int64), positions.shape)
+    outside = np.flatnonzero((positions < 0) | (positions >= sizes))
+    if outside.size:
+        raise IndexError(f"position {positions[outside[0]]} of a permutation of {sizes[outside[0]]} elements")
+    limits = sizes.astype(np.uint64)
+    bases = np.sqrt(np.maximum(sizes - 1, 0)).astype(np.uint64) + np.uint64(1)
+    round_keys = [np.broadcast_to(keyed_hash(np.asarray(keys), i), positions.shape) for i in range(NUM_ROUNDS)]
+    values = _encrypt(positions.astype(np.uint64), bases, round_keys)
+    walking = np.flatnonzero(values >= limits)
+    while walking.size:
+        values[walking] = _encrypt(values[walking], bases[walking], [keys[walking] for keys in round_keys])
+        walking = walking[values[walking] >= limits[walking]]
+    return values.astype(np.int64)
 
-    def __init__(self, member: np.ndarray) -> None:
-        padded = np.zeros(-(-len(member) // BITS_PER_WORD) * BITS_PER_WORD, dtype=bool)
-        padded[: len(member)] = member
-        self._words = np.packbits(padded, bitorder="little").reshape(-1, BITS_PER_WORD // 8)
-        self._ends = np.cumsum(np.bitwise_count(self._words).sum(axis=1, dtype=np.int64))
-        self.size = int(self._ends[-1]) if len(self._ends) else 0
-        """Number of elements."""
 
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, ranks: np.ndarray) -> np.ndarray:
-        """Return the elements at ``ranks`` in ascending order; (k,) integers in [0, size) to (k,) int64."""
-        word = np.searchsorted(self._ends, ranks, side="right")
-        bits = np.unpackbits(self._words[word], axis=1, bitorder="little")
-        before = self._ends[word] - bits.sum(axis=1, dtype=np.int64)
-        count = np.cumsum(bits, axis=1, dtype=np.uint8)
-        bit = np.argmax(count == (ranks - before + 1).astype(np.uint8)[:, None], axis=1)
-        return word * BITS_PER_WORD + bit
+def _encrypt(values: np.ndarray, bases: np.ndarray, round_keys: list[np.ndarray]) -> np.ndarray:
+    left, right = np.divmod(values, bases)
+    with np.errstate(over="ignore"):
+        for keys in round_keys:
+            left, right = right, (left + _mix(right + keys) % bases) % bases
+    return left * bases + right
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

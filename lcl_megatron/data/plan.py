@@ -7,6 +7,7 @@ or with another global batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,12 +16,16 @@ import numpy as np
 from lcl_megatron.config.errors import require
 from lcl_megatron.data.batch import StepLayout
 from lcl_megatron.data.compose import concatenate_ranges
-from lcl_megatron.data.packing import deal_evenly
-from lcl_megatron.data.rows import EpochStatistics, PlannedRow, RowSequence, WindowStart
+from lcl_megatron.data.dealing import deal_evenly
+from lcl_megatron.data.mixture import RowSequence
+from lcl_megatron.data.rows import PlannedRow
 
 if TYPE_CHECKING:
     from lcl_megatron.config.run import DataConfig
     from lcl_megatron.data.corpus import Corpus
+
+CHECKED_STEPS = 4
+"""Steps that are planned at the start to see whether they fit the image budget; all others are much like them."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class StepPlan:
     """Rows consumed before this step."""
     layout: StepLayout
     """Counts on all ranks."""
-    rows: tuple[PlannedRow, ...]
+    rows: Sequence[PlannedRow]
     """The global batch, in the order of the sequence."""
     dealt: np.ndarray
     """(micro-batches, data-parallel ranks, micro-batch size) int64, positions in ``rows``."""
@@ -47,29 +52,28 @@ class Plan:
     """The order of a run. Picklable; holds no state but caches.
 
     Args:
-        corpus: The corpus.
-        data_config: Composition and packing.
+        corpora: The corpora, in the order of ``data.data_path``.
+        data_config: Mixture, composition and layout.
         num_latents: Latents per image.
         global_batch_size: Rows G of an optimizer step.
         micro_batch_size: Rows of a micro-batch on one rank.
         data_parallel_size: Number of data-parallel ranks.
         seed: Seed of the run.
-        start: Saves a resumed run the packing of all earlier windows; see ``window_start``.
 
     Raises:
-        ConfigError: If the batch cannot be divided, or the configuration leaves no rows (see ``RowSequence``).
+        ConfigError: If the batch cannot be divided, the configuration leaves no rows (see ``RowSequence``), or the
+            images of the first steps do not fit the budget of a micro-batch.
     """
 
     def __init__(
         self,
-        corpus: Corpus,
+        corpora: Sequence[Corpus],
         data_config: DataConfig,
         num_latents: int,
         global_batch_size: int,
         micro_batch_size: int,
         data_parallel_size: int,
         seed: int,
-        start: WindowStart | None = None,
     ) -> None:
         unit = micro_batch_size * data_parallel_size
         require(
@@ -77,7 +81,7 @@ class Plan:
             f"training.global_batch_size = {global_batch_size} is not a positive multiple of micro_batch_size x "
             f"data-parallel ranks = {micro_batch_size} x {data_parallel_size} = {unit}; change one of them",
         )
-        self.sequence = RowSequence(corpus, data_config, num_latents, seed, start)
+        self.sequence = RowSequence(corpora, data_config, num_latents, seed)
         """All rows of the run."""
         self.global_batch_size = global_batch_size
         """G."""
@@ -85,11 +89,19 @@ class Plan:
         """Rows of a micro-batch on one rank."""
         self.data_parallel_size = data_parallel_size
         """Number of data-parallel ranks."""
+        if data_config.max_images_per_micro_batch:
+            for step in range(CHECKED_STEPS):
+                self.step(step)
 
     @property
     def num_micro_batches(self) -> int:
         """Micro-batches of a step on each rank."""
         return self.global_batch_size // (self.micro_batch_size * self.data_parallel_size)
+
+    @property
+    def description(self) -> dict[str, str]:
+        """All that decides the sequence of rows, by name."""
+        return self.sequence.description
 
     @property
     def fingerprint(self) -> str:
@@ -106,11 +118,15 @@ class Plan:
         Args:
             step: Index of the step.
             first_row: Rows consumed before it; None = ``step * global_batch_size``.
+
+        Raises:
+            ConfigError: If a micro-batch has more images than ``data.max_images_per_micro_batch``.
         """
         first_row = step * self.global_batch_size if first_row is None else first_row
         block = self.sequence.read(first_row, self.global_batch_size)
         counts = block.counts
         dealt = self._deal(counts.num_images)
+        self._check_budget(step, counts.num_images[dealt].sum(axis=2))
         order = dealt.reshape(-1)
         first_image = np.cumsum(counts.num_images) - counts.num_images
         _, images = concatenate_ranges(first_image[order], counts.num_images[order])
@@ -122,18 +138,6 @@ class Plan:
             sum_squared_lengths=int(counts.squared_lengths.sum()),
         )
         return StepPlan(step=step, first_row=first_row, layout=layout, rows=block.rows, dealt=dealt)
-
-    def window_start(self, consumed_rows: int) -> WindowStart:
-        """Return where a run that has consumed so many rows goes on: two integers that make its resumption instant."""
-        return self.sequence.window_start(consumed_rows)
-
-    def num_rows_per_epoch(self, epoch: int = 0) -> int:
-        """Return the rows of an epoch, which differ a little between epochs. Packs the whole epoch."""
-        return self.sequence.num_rows_per_epoch(epoch)
-
-    def statistics(self, epoch: int = 0) -> EpochStatistics:
-        """Return what an epoch holds, and what it skips and why. Packs the whole epoch."""
-        return self.sequence.statistics(epoch)
 
     def _deal(self, num_images: np.ndarray) -> np.ndarray:
         """Return (micro-batches, ranks, micro-batch size) positions of rows."""
@@ -149,3 +153,13 @@ class Plan:
             dealt[m, ranks] = bins[fullest_first]
             totals[ranks] += loads[fullest_first]
         return dealt
+
+    def _check_budget(self, step: int, num_images: np.ndarray) -> None:
+        """Refuse a step whose fullest micro-batch is over the budget, before it is out of memory."""
+        budget, largest = self.sequence.config.max_images_per_micro_batch, int(num_images.max())
+        require(
+            not budget or largest <= budget,
+            f"step {step}: {num_images.sum()} images are dealt to {num_images.size} micro-batches as evenly as can be, "
+            f"and one has {largest}, more than data.max_images_per_micro_batch = {budget}; raise it, "
+            "or lower --micro-batch-size or --max-images-per-row",
+        )

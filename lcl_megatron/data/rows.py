@@ -1,60 +1,99 @@
-"""The endless sequence of packed rows that a run reads: a pure function of (corpus, configuration, seed).
+"""The endless sequence of rows of one corpus: which row of which epoch stands at a position, and what it holds.
 
-An epoch is a keyed permutation of the documents that have images, cut into windows. The documents of a window are
-composed and packed into rows, and the rows shuffled. Epoch follows epoch. Nothing is materialised but the window in
-hand and the number of rows in each window before it.
+An epoch is every row of the corpus's table once. Rows with many and with few images, full and less full, alternate
+evenly, so that any stretch of rows holds its share of images and tokens; which of the rows that hold the same comes
+when is a keyed permutation per epoch. Everything is computed where it is asked for: there is no state, and no position
+is farther away than another.
 """
 
 from __future__ import annotations
 
-import bisect
-import hashlib
-from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
-from lcl_megatron.config.errors import ConfigError, require
-from lcl_megatron.data.compose import Composer, concatenate_ranges
-from lcl_megatron.data.order import Permutation, Stream, keyed_hash
-from lcl_megatron.data.packing import pack_documents
+from lcl_megatron.data.compose import ComposedDocuments, Composer
+from lcl_megatron.data.even_order import even_step
+from lcl_megatron.data.order import Stream, keyed_hash, permute
+from lcl_megatron.data.pairs import PairComposer
+from lcl_megatron.data.row_table import RowPieces
+from lcl_megatron.data.table_cache import open_table, table_key
 
 if TYPE_CHECKING:
     from lcl_megatron.config.run import DataConfig
     from lcl_megatron.data.corpus import Corpus
 
-ORDER_FIELDS = (
-    "seq_length",
-    "min_similarity",
-    "max_images_per_document",
-    "packing_window",
-    "max_images_per_row",
-)
-"""Fields of ``DataConfig`` that decide what the rows are."""
-NO_SIMILAR_IMAGE = "no image of sufficient similarity"
-IMAGES_CUT_OFF = "all images behind the cut at seq_length"
-CACHED_WINDOWS = 4
-"""Packed windows that are kept; steps are read in order, and a global batch seldom reaches over more."""
+SAMPLED_ROWS = 8192
+"""Rows from which the mean images and tokens of a row are taken, all image counts in their right shares."""
+READ_ROWS = 8192
+"""Rows that are composed together when a whole epoch is looked at."""
+COMPOSERS: dict[str, type[Composer]] = {"interleaved": Composer, "pairs": PairComposer}
 
 
 @dataclass(frozen=True)
 class PlannedRow:
-    """One row: whole documents of one epoch, in order."""
+    """One row: documents, or parts of documents, of one epoch of one corpus, in order."""
 
     index: int
-    """Number of the row in the sequence of all rows."""
+    """Number of the row in the sequence of all rows of the run."""
     epoch: int
-    """Epoch of its documents."""
+    """Epoch of its corpus."""
     documents: np.ndarray
-    """(k,) int64, indices in the corpus."""
+    """(k,) int64, documents as the corpus's composer counts them."""
+    source: int = 0
+    """Number of the corpus among the run's."""
+    begins: np.ndarray | None = None
+    """(k,) int64, first token of each document that stands in the row; None = whole documents."""
+    ends: np.ndarray | None = None
+    """(k,) int64, token behind the last one; beyond the document's end = to its end."""
+
+
+class PlannedRows(Sequence[PlannedRow]):
+    """Rows, made when they are asked for: of the rows of all ranks a process looks at few.
+
+    Args:
+        source: Number of the corpus among the run's.
+        indices: (r,) int64, numbers of the rows in the sequence of all rows of the run.
+        epochs: (r,) int64.
+        pieces: What stands in the rows.
+    """
+
+    def __init__(self, source: int, indices: np.ndarray, epochs: np.ndarray, pieces: RowPieces) -> None:
+        self._source, self._indices, self._epochs, self._pieces = source, indices, epochs, pieces
+        self._borders = np.searchsorted(pieces.owner, np.arange(len(indices) + 1))
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, number: int) -> PlannedRow: ...
+    @overload
+    def __getitem__(self, number: slice) -> tuple[PlannedRow, ...]: ...
+    def __getitem__(self, number: int | slice) -> PlannedRow | tuple[PlannedRow, ...]:
+        if isinstance(number, slice):
+            return tuple(self[i] for i in range(*number.indices(len(self))))
+        number = range(len(self))[number]
+        part = slice(self._borders[number], self._borders[number + 1])
+        pieces = self._pieces
+        return PlannedRow(
+            index=int(self._indices[number]),
+            epoch=int(self._epochs[number]),
+            documents=pieces.documents[part],
+            source=self._source,
+            begins=None if pieces.begins is None else pieces.begins[part],
+            ends=None if pieces.ends is None else pieces.ends[part],
+        )
 
 
 @dataclass(frozen=True)
 class RowCounts:
     """What each of r rows holds."""
 
+    num_documents: np.ndarray
+    """(r,) int64, documents that begin in the row."""
     num_images: np.ndarray
     """(r,) int64."""
     num_targets: np.ndarray
@@ -64,21 +103,17 @@ class RowCounts:
     squared_lengths: np.ndarray
     """(r,) int64, sum over the row's documents of length squared."""
 
-    def part(self, begin: int, end: int) -> RowCounts:
-        """Return the counts of the rows [begin, end)."""
-        return RowCounts(*(getattr(self, field.name)[begin:end] for field in fields(self)))
-
     @classmethod
-    def join(cls, parts: Sequence[RowCounts]) -> RowCounts:
-        """Return the counts of several ranges of rows, one behind the other."""
-        return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+    def join(cls, parts: Sequence[RowCounts], order: np.ndarray) -> RowCounts:
+        """Return the counts of several blocks of rows, one behind the other and then in another order."""
+        return cls(*(np.concatenate([getattr(part, field.name) for part in parts])[order] for field in fields(cls)))
 
 
 @dataclass(frozen=True)
 class RowBlock:
-    """Some consecutive rows."""
+    """Some rows, and what each holds."""
 
-    rows: tuple[PlannedRow, ...]
+    rows: Sequence[PlannedRow]
     """The r rows."""
     counts: RowCounts
     """What each holds."""
@@ -87,25 +122,15 @@ class RowBlock:
 
 
 @dataclass(frozen=True)
-class WindowStart:
-    """Where a window begins in the sequence of rows: lets a run go on there without packing what lies before."""
-
-    window: int
-    """Number of the window, over all epochs."""
-    row: int
-    """Its first row."""
-
-
-@dataclass(frozen=True)
 class EpochStatistics:
-    """What one epoch holds."""
+    """What one epoch of a corpus holds."""
 
     documents: int
     """Documents that are trained on."""
     skipped: dict[str, int]
     """Documents that are not, by reason."""
     rows: int
-    """Packed rows."""
+    """Rows."""
     tokens: int
     """Tokens of the documents; ``rows * seq_length`` less padding."""
     images: int
@@ -116,192 +141,109 @@ class EpochStatistics:
     """Predicted tokens."""
 
 
-class RowSequence:
-    """The rows of a run.
+class SourceRows:
+    """The rows of one corpus.
 
     Args:
         corpus: The corpus.
-        config: Composition and packing.
+        view: What counts as a document: ``interleaved`` or ``pairs``.
+        config: Composition and layout.
         num_latents: Latents per image.
         seed: Seed of the run.
-        start: Saves a resumed run the packing of all earlier windows; see ``window_start``. Rows before it are
-            still found, slowly.
+        source: Number of the corpus among the run's.
 
     Raises:
-        ConfigError: If no document has an image, a row cannot hold one, or a budget would leave out documents.
+        ConfigError: If no document can be used, a row cannot hold one, or a budget would leave out documents.
     """
 
     def __init__(
-        self, corpus: Corpus, config: DataConfig, num_latents: int, seed: int, start: WindowStart | None = None
+        self, corpus: Corpus, view: str, config: DataConfig, num_latents: int, seed: int, source: int = 0
     ) -> None:
-        budget, most = config.max_images_per_row, config.max_images_per_document
-        require(
-            budget == 0 or budget >= most,
-            f"data.max_images_per_row = {budget} is less than data.max_images_per_document = {most}: a document "
-            "could fit into no row; raise the one, lower the other, or set --max-images-per-row 0",
-        )
         self.corpus = corpus
-        self.config = config
-        self.seed = seed
-        self.composer = Composer(corpus, config, num_latents, seed)
+        self.composer = COMPOSERS[view](corpus, config, num_latents, seed)
         """Composes the documents."""
-        self.documents = self.composer.documents_with_images()
-        """Documents with an image of sufficient similarity."""
-        if not len(self.documents):
-            raise ConfigError(
-                f"none of the corpus's {corpus.num_documents} documents has an image with similarity >= "
-                f"data.min_similarity = {config.min_similarity}; lower --min-similarity or check the corpus"
-            )
-        self.windows_per_epoch = max(1, len(self.documents) // config.packing_window)
-        """An epoch's documents are cut into so many windows of at least ``packing_window``, as even as can be."""
-        self._start = start or WindowStart(0, 0)
-        self._first_rows = [self._start.row]
-        self._cache: OrderedDict[int, _Window] = OrderedDict()
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of all that decides the sequence: only under an equal one do consumed rows mean the same."""
-        settings = [(name, getattr(self.config, name)) for name in ORDER_FIELDS]
-        parts = (self.corpus.fingerprint, self.seed, self.composer.num_latents, settings)
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-    def read(self, first_row: int, num_rows: int) -> RowBlock:
-        """Return the rows [first_row, first_row + num_rows)."""
-        parts = list(self._parts(first_row, num_rows))
-        planned = (row for window, begin, end in parts for row in window.rows(begin, end))
-        rows = tuple(PlannedRow(first_row + i, epoch, documents) for i, (epoch, documents) in enumerate(planned))
-        return RowBlock(
-            rows=rows,
-            counts=RowCounts.join([window.counts.part(begin, end) for window, begin, end in parts]),
-            has_context=np.concatenate([window.context(begin, end) for window, begin, end in parts]),
-        )
-
-    def window_start(self, row: int) -> WindowStart:
-        """Return the start of the window that holds a row: what ``start`` takes when a run resumes at that row."""
-        window = self._find(row)
-        return WindowStart(window, self._first_rows[window - self._start.window])
-
-    def num_rows_per_epoch(self, epoch: int = 0) -> int:
-        """Return the rows of an epoch, which differ a little between epochs. Packs the whole epoch."""
-        return self.statistics(epoch).rows
-
-    def statistics(self, epoch: int = 0) -> EpochStatistics:
-        """Return what an epoch holds and leaves out. Packs the whole epoch."""
-        count: Counter[str] = Counter()
-        for number in range(epoch * self.windows_per_epoch, (epoch + 1) * self.windows_per_epoch):
-            window = self._window(number)
-            count["documents"] += len(window.documents)
-            count["rows"] += window.num_rows
-            count["tokens"] += int(window.counts.num_tokens.sum())
-            count["images"] += int(window.counts.num_images.sum())
-            count["pairs"] += int(window.has_context.sum())
-            count["targets"] += int(window.counts.num_targets.sum())
-        skipped = {
-            NO_SIMILAR_IMAGE: self.corpus.num_documents - len(self.documents),
-            IMAGES_CUT_OFF: len(self.documents) - count["documents"],
-        }
-        names = ("documents", "rows", "tokens", "images", "pairs", "targets")
-        return EpochStatistics(skipped=skipped, **{name: count[name] for name in names})
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave cached windows behind when the sequence goes to a worker process."""
-        return self.__dict__ | {"_cache": OrderedDict()}
-
-    def _parts(self, first_row: int, num_rows: int) -> Iterator[tuple[_Window, int, int]]:
-        """Yield (window, begin, end), ranges of rows of windows that together are the rows asked for."""
-        number = self._find(first_row)
-        begin = first_row - self._first_rows[number - self._start.window]
-        while num_rows:
-            window = self._window(number)
-            end = min(window.num_rows, begin + num_rows)
-            yield window, begin, end
-            num_rows, begin, number = num_rows - (end - begin), 0, number + 1
-
-    def _find(self, row: int) -> int:
-        """Return the window of a row; packs the windows before it whose number of rows is not known yet."""
-        if row < 0:
-            raise IndexError(f"row {row} was asked for; rows are numbered from 0")
-        if row < self._start.row:
-            self._start, self._first_rows = WindowStart(0, 0), [0]
-        firsts, epoch = self._first_rows, self.windows_per_epoch
-        while firsts[-1] <= row:
-            window = self._window(self._start.window + len(firsts) - 1)
-            firsts.append(firsts[-1] + window.num_rows)
-            if len(firsts) > epoch and firsts[-1] == firsts[-1 - epoch]:
-                raise ConfigError(
-                    f"a whole epoch of {len(self.documents)} documents gave no row: {IMAGES_CUT_OFF} = "
-                    f"{self.config.seq_length}; raise --seq-length"
-                )
-        return self._start.window + bisect.bisect_right(firsts, row) - 1
-
-    def _window(self, number: int) -> _Window:
-        """Return a window, numbered over all epochs, from the cache if it was used lately."""
-        window = self._cache.pop(number, None) or self._pack(*divmod(number, self.windows_per_epoch))
-        self._cache[number] = window
-        if len(self._cache) > CACHED_WINDOWS:
-            self._cache.popitem(last=False)
-        return window
-
-    def _pack(self, epoch: int, window: int) -> _Window:
-        """Compose and pack the documents of one window."""
-        total = len(self.documents)
-        begin, end = (total * i // self.windows_per_epoch for i in (window, window + 1))
-        order = Permutation(total, int(keyed_hash(self.seed, Stream.DOCUMENT_ORDER, epoch)))
-        composed = self.composer.compose(self.documents[order(np.arange(begin, end))], epoch)
-        used = np.flatnonzero(composed.num_images)
-        images, lengths = composed.num_images[used], composed.lengths[used]
-        packed = pack_documents(lengths, self.config.seq_length, images, self.config.max_images_per_row)
-        num_rows = int(packed.max(initial=-1)) + 1
-        # Packing puts the longest documents into the first rows; training must not see them in that order.
-        key = keyed_hash(self.seed, Stream.ROW_ORDER, epoch, window, np.arange(num_rows))
-        row = np.argsort(np.argsort(key, kind="stable"), kind="stable")[packed]
-        by_row = np.argsort(row, kind="stable")
-        _, context = concatenate_ranges(composed.image_offsets[used[by_row]], images[by_row])
-        return _Window(
-            epoch=epoch,
-            documents=composed.documents[used[by_row]],
-            offsets=_offsets(np.bincount(row, minlength=num_rows)),
-            counts=RowCounts(
-                num_images=_sums(row, images, num_rows),
-                num_targets=_sums(row, composed.num_targets[used], num_rows),
-                num_tokens=_sums(row, lengths, num_rows),
-                squared_lengths=_sums(row, lengths**2, num_rows),
-            ),
-            has_context=composed.has_context[context],
-        )
-
-
-@dataclass(frozen=True)
-class _Window:
-    """Packed documents of one window, row after row."""
-
-    epoch: int
-    documents: np.ndarray
-    """(n,) int64, indices in the corpus."""
-    offsets: np.ndarray
-    """(rows + 1,) int64, first document of each row."""
-    counts: RowCounts
-    has_context: np.ndarray
-    """(images,) bool."""
+        self.source = source
+        """Number of the corpus among the run's."""
+        built = open_table(self.composer)
+        self.table = built.table
+        """All rows of an epoch."""
+        self.left_out = built.left_out
+        """Documents that stand in no row, by reason."""
+        self._seed = seed
+        self._step = even_step(self.num_rows)
+        self._group_ends = np.cumsum(self.table.rows_per_group)
 
     @property
     def num_rows(self) -> int:
-        return len(self.offsets) - 1
+        """Rows of an epoch."""
+        return self.table.num_rows
 
-    def rows(self, begin: int, end: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield epoch and documents of some rows."""
-        for row in range(begin, end):
-            yield self.epoch, self.documents[self.offsets[row] : self.offsets[row + 1]]
+    @property
+    def key(self) -> str:
+        """Hash (hex) of all that decides which rows there are, but not of their order."""
+        return table_key(self.composer)
 
-    def context(self, begin: int, end: int) -> np.ndarray:
-        """Return ``has_context`` of the images of some rows."""
-        images = self.counts.num_images
-        first = int(images[:begin].sum())
-        return self.has_context[first : first + int(images[begin:end].sum())]
+    @cached_property
+    def means(self) -> tuple[float, float]:
+        """Images and tokens of a row, on average."""
+        counts = self.read(0, min(SAMPLED_ROWS, self.num_rows), np.arange(self.num_rows)).counts
+        return float(counts.num_images.mean()), float(counts.num_tokens.mean())
+
+    def read(self, first: int, count: int, indices: np.ndarray) -> RowBlock:
+        """Return the rows at the positions [first, first + count) of this corpus's sequence.
+
+        Args:
+            first: First position.
+            count: Number of rows.
+            indices: (count or more,) int64, what the rows are called in the sequence of the whole run.
+        """
+        epochs, places = np.divmod(np.arange(first, first + count), self.num_rows)
+        rows = self._rows(epochs, places)
+        pieces = self.table.pieces(rows, epochs, self._seed)
+        composed = compose_pieces(self.composer, pieces, epochs[pieces.owner])
+        begun = np.ones(len(pieces.owner)) if pieces.begins is None else pieces.begins == 0
+        return RowBlock(
+            rows=PlannedRows(self.source, indices[:count], epochs, pieces),
+            counts=RowCounts(
+                num_documents=_sums(pieces.owner, begun, count),
+                num_images=_sums(pieces.owner, composed.num_images, count),
+                num_targets=_sums(pieces.owner, composed.num_targets, count),
+                num_tokens=_sums(pieces.owner, composed.lengths, count),
+                squared_lengths=_sums(pieces.owner, composed.lengths**2, count),
+            ),
+            has_context=composed.has_context,
+        )
+
+    def statistics(self, epoch: int = 0) -> EpochStatistics:
+        """Return what an epoch holds and leaves out. Composes the whole epoch."""
+        sums = np.zeros(5, dtype=np.int64)
+        for first in range(0, self.num_rows, READ_ROWS):
+            count = min(READ_ROWS, self.num_rows - first)
+            block = self.read(epoch * self.num_rows + first, count, np.arange(count))
+            counts = block.counts
+            columns = (counts.num_documents, counts.num_tokens, counts.num_images, counts.num_targets)
+            sums += [*(values.sum() for values in columns), block.has_context.sum()]
+        documents, tokens, images, targets, pairs = sums.tolist()
+        return EpochStatistics(documents, self.left_out, self.num_rows, tokens, images, pairs, targets)
+
+    def _rows(self, epochs: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Return the table's row at places of epochs."""
+        # Rows of a group stand side by side in the table, and like groups too: even steps through it draw from all.
+        shift = keyed_hash(self._seed, Stream.ROW_ORDER, epochs) % np.uint64(self.num_rows)
+        rows = (places * self._step + shift.astype(np.int64)) % self.num_rows
+        groups = np.searchsorted(self._group_ends, rows, side="right")
+        sizes = self.table.rows_per_group[groups]
+        begins = self._group_ends[groups] - sizes
+        keys = keyed_hash(self._seed, Stream.ROW_ORDER, epochs, groups)
+        return begins + permute(rows - begins, sizes, keys)
 
 
-def _offsets(counts: np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(counts)])
+def compose_pieces(composer: Composer, pieces: RowPieces, epochs: np.ndarray) -> ComposedDocuments:
+    """Return what the pieces of some rows look like; ``epochs`` is (k,), the epoch of each piece."""
+    composed = composer.compose(pieces.documents, epochs)
+    if pieces.begins is None or pieces.ends is None:
+        return composed
+    return composed.part(pieces.begins, np.minimum(pieces.ends, composed.lengths), composer.num_latents)
 
 
 def _sums(groups: np.ndarray, values: np.ndarray, num_groups: int) -> np.ndarray:

@@ -164,8 +164,9 @@ def _document(document: DocumentView, colour: str, anchor: str) -> Html:
     """Return a document, or padding: a heading and all its positions in order."""
     tokens, images = document.tokens, {image.first_latent: image for image in document.images}
     heading = (
-        f"{document.source or 'padding'} \u00b7 {len(tokens):,} tokens \u00b7 flat positions "
-        f"{tokens[0].flat_position:,} to {tokens[-1].flat_position:,}"
+        f"{document.source or 'padding'} \u00b7 {len(tokens):,} tokens"
+        + f" from its token {document.begin:,} on" * (document.begin > 0)
+        + f" \u00b7 flat positions {tokens[0].flat_position:,} to {tokens[-1].flat_position:,}"
     )
     contexts = {image.boi_position: image for image in document.images}
     pieces: list[Html] = []

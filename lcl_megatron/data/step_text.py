@@ -41,7 +41,9 @@ def _row(row: RowView) -> Iterator[str]:
     )
     for document in row.documents:
         first, last = document.tokens[0].flat_position, document.tokens[-1].flat_position
-        yield f"  {document.source or 'padding'}: {len(document.tokens):,} tokens, flat positions {first} to {last}"
+        cut = f" from its token {document.begin} on" * (document.begin > 0)
+        size = f"{len(document.tokens):,} tokens{cut}"
+        yield f"  {document.source or 'padding'}: {size}, flat positions {first} to {last}"
         if document.source:
             yield from textwrap.wrap(
                 " ".join(_pieces(document)), WIDTH, initial_indent=" " * 4, subsequent_indent=" " * 4

@@ -27,6 +27,8 @@ NO_CONTEXT = {
     "index": "it stands at position 0 of its document",
 }
 """Why an image is not contrasted, by ``data.context_rule``."""
+CUT_BEFORE = "what stands before it in its document is in another row"
+"""Why an image with which a row continues a document is not contrasted."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ class DocumentView:
 
     source: str
     """File and line; empty for padding."""
+    begin: int
+    """Tokens of the document that stand before, in another row (layout ``window``); 0 = it begins here."""
     tokens: tuple[TokenView, ...]
     """All its positions."""
     images: tuple[ImageView, ...]
@@ -203,9 +207,11 @@ def view_step(plan: Plan, image_size: int, selection: Selection) -> StepView:
         layout=step.layout,
         seq_length=config.seq_length,
         global_batch_size=plan.global_batch_size,
-        num_latents=sequence.composer.num_latents,
+        num_latents=sequence.num_latents,
         settings={
-            "corpus": sequence.corpus.path,
+            "data": ", ".join(str(source.corpus.path) for source in sequence.sources),
+            "view": ", ".join(config.view),
+            "layout": config.layout,
             "seed": sequence.seed,
             "image size": image_size,
             "crop scale": config.crop_scale,
@@ -235,32 +241,37 @@ class _MicroBatch:
         cls, plan: Plan, number: int, planned: tuple[PlannedRow, ...], transform: TrainingTransform
     ) -> _MicroBatch:
         """Read a micro-batch by the functions that the loader calls."""
-        collated = collate_rows(plan.sequence.composer, planned)
-        batch, bad = add_images(collated, plan.sequence.corpus, transform)
+        collated = collate_rows(plan.sequence, planned)
+        batch, bad = add_images(collated, plan.sequence, transform)
         return cls(plan, number, planned, transform, collated, batch, bad)
 
     def rows(self) -> Iterator[RowView]:
         """Yield all rows."""
-        corpus, seq_length = self.plan.sequence.corpus, self.batch.tokens.shape[1]
-        tokens, images = self._tokens(), [self._image(slot) for slot in range(self.batch.num_images)]
-        borders = self.batch.cu_seqlens.tolist()
+        seq_length = self.batch.tokens.shape[1]
+        tokens, borders = self._tokens(), self.batch.cu_seqlens.tolist()
         for number, row in enumerate(self.planned):
-            sources = [corpus.document_source(int(document)) for document in row.documents]
             inside = range(number * seq_length, (number + 1) * seq_length)
             spans = [(a, b) for a, b in itertools.pairwise(borders) if a in inside]
-            documents = tuple(
-                DocumentView(
-                    source=sources[i] if i < len(sources) else "",
-                    tokens=tuple(tokens[a:b]),
-                    images=tuple(image for image in images if a <= image.boi_position < b),
-                )
-                for i, (a, b) in enumerate(spans)
-            )
+            documents = tuple(self._document(row, i, tokens[a:b]) for i, (a, b) in enumerate(spans))
             yield RowView(row.index, row.epoch, self.number, number, documents)
+
+    def _document(self, row: PlannedRow, number: int, tokens: list[TokenView]) -> DocumentView:
+        """Return a document of a row, or the padding behind the last one."""
+        if number == len(row.documents):
+            return DocumentView("", 0, tuple(tokens), ())
+        begin = 0 if row.begins is None else int(row.begins[number])
+        places = range(tokens[0].flat_position, tokens[-1].flat_position + 1)
+        slots = [i for i in range(self.batch.num_images) if int(self.batch.context_slots[i]) in places]
+        return DocumentView(
+            source=self.plan.sequence.document_source(row, number),
+            begin=begin,
+            tokens=tuple(tokens),
+            images=tuple(self._image(slot, begin > 0) for slot in slots),
+        )
 
     def _tokens(self) -> list[TokenView]:
         """Return every position of the micro-batch."""
-        batch, tokenizer = self.batch, self.plan.sequence.corpus.tokenizer
+        batch, tokenizer = self.batch, self.plan.sequence.sources[0].corpus.tokenizer
         names = {token: name for name, token in dataclasses.asdict(tokenizer.special_tokens).items()}
         ids = batch.tokens.reshape(-1).tolist()
         loss_mask, labels = batch.loss_mask.reshape(-1).tolist(), batch.labels.reshape(-1).tolist()
@@ -280,12 +291,14 @@ class _MicroBatch:
             for place, token in enumerate(ids)
         ]
 
-    def _image(self, slot: int) -> ImageView:
-        """Return one image slot."""
+    def _image(self, slot: int, is_cut: bool) -> ImageView:
+        """Return one image slot; ``is_cut`` says that its document began in another row."""
         batch, sequence = self.batch, self.plan.sequence
-        corpus, image, key = sequence.corpus, int(self.collated.images[slot]), int(batch.image_keys[slot])
-        source, is_ok = corpus.image_source(image), bool(batch.image_ok[slot])
-        width, height = int(corpus.image_width[image]), int(corpus.image_height[image])
+        image, key = int(self.collated.images[slot]), int(batch.image_keys[slot])
+        source, is_ok = sequence.image_source(image), bool(batch.image_ok[slot])
+        corpus, own = sequence.find_image(image)
+        width, height = int(corpus.image_width[own]), int(corpus.image_height[own])
+        no_context = CUT_BEFORE if is_cut else NO_CONTEXT[sequence.config.context_rule]
         errors = [line.removeprefix(f"{source}: ") for line in self.bad if line.startswith(f"{source}: ")]
         assert batch.images is not None
         return ImageView(
@@ -297,9 +310,9 @@ class _MicroBatch:
             width=width,
             height=height,
             crop=self.transform.box(key, height, width) if is_ok and width and height else None,
-            similarity=float(corpus.image_similarity[image]),
+            similarity=float(corpus.image_similarity[own]),
             error="" if is_ok else (errors or ["cannot be decoded"])[0],
-            no_context="" if batch.has_context[slot] else NO_CONTEXT[sequence.config.context_rule],
+            no_context="" if batch.has_context[slot] else no_context,
         )
 
 

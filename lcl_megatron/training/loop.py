@@ -36,7 +36,7 @@ def train(run: Run) -> None:
             step=batch.step + 1,
             consumed_rows=run.progress.consumed_rows + config.training.global_batch_size,
             consumed_images=run.progress.consumed_images + int(batch.layout.num_images.sum()),
-            data_fingerprint=run.progress.data_fingerprint,
+            data=run.progress.data,
         )
         _watch(run, watch, result, batch)
         meter.add(result, batch, data_wait_s)
@@ -75,7 +75,7 @@ def save_checkpoint(run: Run) -> None:
     """Write a checkpoint of the run as it is, if the run has a place for them; collective over all ranks."""
     if not run.config.checkpoint.save:
         return
-    tokenizer = (run.corpus.path / native.TOKENIZER_FILE).read_bytes()
+    tokenizer = run.plan.sequence.sources[0].corpus.tokenizer.model
     with run.engine.whole_parameters():
         folder = native.save(run.config.checkpoint.save, run.trainable, run.progress, tokenizer)
     if run.engine.groups.rank == 0:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from lcl_megatron.checkpoint.native import Progress, Trainable
 from lcl_megatron.config import RunConfig
-from lcl_megatron.data.corpus import Corpus
 from lcl_megatron.data.loader import StepLoader
+from lcl_megatron.data.plan import Plan
 from lcl_megatron.parallel.engine import Engine
 from lcl_megatron.training.metrics_logger import MetricsLogger
 from lcl_megatron.training.stop import StopSignal
@@ -21,8 +21,8 @@ class Run:
     """Resolved configuration."""
     trainable: Trainable
     """Model, optimizer, schedule."""
-    corpus: Corpus
-    """Where rows come from."""
+    plan: Plan
+    """The order of the rows."""
     loader: StepLoader
     """Yields this rank's part of each global batch."""
     logger: MetricsLogger

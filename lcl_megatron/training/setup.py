@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,15 +39,15 @@ def run_from(config: RunConfig) -> Iterator[Run]:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     _configure_logging(int(os.environ.get("RANK", "0")))
     validate(config, world_size)
-    corpus = open_corpus(config)
-    config = with_vocabulary(config, corpus)
+    corpora = open_corpora(config)
+    config = with_vocabulary(config, corpora)
     validate(config, world_size)
-    plan = build_plan(config, corpus, data_parallel_size(config, world_size))
+    plan = build_plan(config, corpora, data_parallel_size(config, world_size))
     groups = engines.start(config)
     try:
         groups.require_agreement("the configuration", to_toml(config))
-        groups.require_agreement("the corpus", plan.fingerprint)
-        run = _build(config, corpus, plan, groups)
+        groups.require_agreement("the data", plan.fingerprint)
+        run = _build(config, plan, groups)
         try:
             yield run
         finally:
@@ -57,36 +57,38 @@ def run_from(config: RunConfig) -> Iterator[Run]:
         groups.destroy()
 
 
-def open_corpus(config: RunConfig) -> Corpus:
-    """Open the corpus and check it against its tokenizer."""
+def open_corpora(config: RunConfig) -> tuple[Corpus, ...]:
+    """Open the corpora and check them against their tokenizer."""
     if not config.data.data_path:
-        raise ConfigError("data.data_path is empty; give the folder that tools/preprocess_data.py wrote: --data-path")
-    return Corpus.open(config.data.data_path, config.data.tokenizer_model)
+        raise ConfigError("data.data_path is empty; give the folders that tools/preprocess_data.py wrote: --data-path")
+    return tuple(Corpus.open(path, config.data.tokenizer_model) for path in config.data.data_path)
 
 
-def with_vocabulary(config: RunConfig, corpus: Corpus) -> RunConfig:
-    """Return the configuration with the corpus's vocabulary size filled in.
+def with_vocabulary(config: RunConfig, corpora: Sequence[Corpus]) -> RunConfig:
+    """Return the configuration with the corpora's vocabulary size filled in.
 
     Raises:
         ConfigError: ids of the corpus do not fit the model's vocabulary; megatron-core would turn them into silent
             wrong numbers.
     """
     size = config.language.vocab_size
-    if size and size < corpus.vocab_size:
-        raise ConfigError(
-            f"language.vocab_size = {size} is smaller than the corpus's vocabulary of {corpus.vocab_size} ids "
-            f"({corpus.path}); leave it at 0 or raise it"
-        )
+    for corpus in corpora:
+        if size and size < corpus.vocab_size:
+            raise ConfigError(
+                f"language.vocab_size = {size} is smaller than the corpus's vocabulary of {corpus.vocab_size} ids "
+                f"({corpus.path}); leave it at 0 or raise it"
+            )
     if size:
         return config
-    return dataclasses.replace(config, language=dataclasses.replace(config.language, vocab_size=corpus.vocab_size))
+    language = dataclasses.replace(config.language, vocab_size=corpora[0].vocab_size)
+    return dataclasses.replace(config, language=language)
 
 
-def build_plan(config: RunConfig, corpus: Corpus, dp_size: int) -> Plan:
+def build_plan(config: RunConfig, corpora: Sequence[Corpus], dp_size: int) -> Plan:
     """Return the data order of a run."""
     training = config.training
     return Plan(
-        corpus,
+        corpora,
         config.data,
         config.vision.num_patches,
         training.global_batch_size,
@@ -96,10 +98,10 @@ def build_plan(config: RunConfig, corpus: Corpus, dp_size: int) -> Plan:
     )
 
 
-def _build(config: RunConfig, corpus: Corpus, plan: Plan, groups: ProcessGroups) -> Run:
+def _build(config: RunConfig, plan: Plan, groups: ProcessGroups) -> Run:
     if groups.rank == 0:
         logger.info("configuration\n%s", describe(config))
-        logger.info("%s: %d documents, %d images", corpus.path, corpus.num_documents, corpus.num_images)
+        _log_data(plan)
     engine = engines.build_engine(config, groups)
     logger.debug("%s holds %s", groups.describe(), ", ".join(engine.stage.pieces))
     optimizer = build_optimizer(engine)
@@ -121,7 +123,7 @@ def _build(config: RunConfig, corpus: Corpus, plan: Plan, groups: ProcessGroups)
     return Run(
         config=config,
         trainable=trainable,
-        corpus=corpus,
+        plan=plan,
         loader=StepLoader(
             plan,
             groups.dp_rank,
@@ -142,6 +144,25 @@ def _build(config: RunConfig, corpus: Corpus, plan: Plan, groups: ProcessGroups)
     )
 
 
+def _log_data(plan: Plan) -> None:
+    """Say what is read: rows of each corpus, what is left out, and shares."""
+    for source, share in zip(plan.sequence.sources, plan.sequence.row_shares, strict=True):
+        images, tokens = source.means
+        left_out = ", ".join(f"{number:,} {reason}" for reason, number in source.left_out.items() if number)
+        logger.info(
+            "%s: %d documents, %d images: %s rows an epoch, %.2f images and %.0f of %d tokens a row, %.1f%% of rows%s",
+            source.corpus.path,
+            source.corpus.num_documents,
+            source.corpus.num_images,
+            f"{source.num_rows:,}",
+            images,
+            tokens,
+            plan.sequence.config.seq_length,
+            100 * share,
+            f"; left out: {left_out}" if left_out else "",
+        )
+
+
 def _resume(config: RunConfig, plan: Plan, trainable: native.Trainable) -> native.Progress:
     """Load the newest complete checkpoint, if there is one to continue from.
 
@@ -157,16 +178,36 @@ def _resume(config: RunConfig, plan: Plan, trainable: native.Trainable) -> nativ
                 f"--load {config.checkpoint.load}: no complete checkpoint (step-NNNNNNNN) there; give the --save "
                 "folder of a run, or leave --load out to start anew"
             )
-        return native.Progress(data_fingerprint=plan.fingerprint)
-    progress = native.load(checkpoint, trainable)
-    if progress.data_fingerprint != plan.fingerprint:
-        raise native.CheckpointError(
-            f"{checkpoint} was trained on other data, or with another seed or composition of rows; continuing would "
-            "repeat and skip documents. Use the settings of its run.toml, or start in another folder"
-        )
+        return native.Progress(data=plan.description)
+    progress = _on_this_data(config, plan, checkpoint, native.load(checkpoint, trainable))
     if trainable.engine.groups.rank == 0:
         logger.info("continuing from %s", checkpoint)
     return progress
+
+
+def _on_this_data(config: RunConfig, plan: Plan, checkpoint: Path, progress: native.Progress) -> native.Progress:
+    """Return where a loaded run stands in the plan.
+
+    Raises:
+        CheckpointError: it was trained on other data, and ``checkpoint.allow_data_change`` is off.
+    """
+    if progress.data == plan.description:
+        return progress
+    names = [*progress.data, *(name for name in plan.description if name not in progress.data)]
+    changes = [
+        f"{name}: {progress.data.get(name, 'absent')} in the checkpoint, {plan.description.get(name, 'absent')} here"
+        for name in names
+        if progress.data.get(name) != plan.description.get(name)
+    ]
+    listed = "\n  ".join(changes)
+    if not config.checkpoint.allow_data_change:
+        raise native.CheckpointError(
+            f"{checkpoint} was trained on other data:\n  {listed}\ncontinuing would repeat and skip documents. Use the "
+            "settings of its run.toml, start in another folder, or --allow-data-change to begin with the new data's "
+            "first row"
+        )
+    logger.warning("continuing %s with the first row of other data:\n  %s", checkpoint, listed)
+    return dataclasses.replace(progress, consumed_rows=0, data=plan.description)
 
 
 def _configure_logging(rank: int) -> None:

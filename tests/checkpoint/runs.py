@@ -57,7 +57,7 @@ CONFIG = RunConfig(
         make_vocab_size_divisible_by=16,
     ),
     loss=LossConfig(contrastive_loss_weight=1.0),
-    data=DataConfig(seq_length=64, packing_window=16, num_workers=0),
+    data=DataConfig(seq_length=64, num_workers=0),
     training=TrainingConfig(
         train_iters=4, global_batch_size=4, micro_batch_size=1, precision="fp32", transformer_impl="torch"
     ),

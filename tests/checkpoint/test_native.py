@@ -96,7 +96,7 @@ def test_save_replaces_what_a_killed_save_left_and_never_writes_in_place(run_sav
 def _load_again(rank: int, world_size: int, config: RunConfig, root: Path) -> Any:
     trainable = runs.build(config)
     runs.train(trainable, range(3))
-    progress = Progress(step=3, consumed_rows=12, consumed_images=5, data_fingerprint="x")
+    progress = Progress(step=3, consumed_rows=12, consumed_images=5, data={"corpus 0": "x", "training.seed": "1"})
     native.save(root, trainable, progress, b"")
     before = runs.held_state(trainable), trainable.scheduler.state_dict()
     other = dataclasses.replace(config, training=dataclasses.replace(config.training, seed=5))

@@ -45,7 +45,7 @@ CROSSINGS = [
     ("bf16", ONE_PLAIN, DP2),
     ("bf16", PP3, ONE),
 ]
-PROGRESS = native.Progress(step=2, consumed_rows=8, consumed_images=10, data_fingerprint="abc")
+PROGRESS = native.Progress(step=2, consumed_rows=8, consumed_images=10, data={"corpus 0": "abc"})
 
 
 def _train_and_save(rank: int, world_size: int, config: RunConfig, folder: Path) -> HeldState:

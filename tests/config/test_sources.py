@@ -49,7 +49,7 @@ def test_flags_of_every_type() -> None:
     assert config.data.crop_scale == (0.5, 1.0)
     assert config.vision.layer_scale_init is None
     assert config.parallel.pipeline_cuts == ("vision.6", "language.3")
-    assert (config.training.precision, config.data.data_path) == ("fp32", "a/b")
+    assert (config.training.precision, config.data.data_path) == ("fp32", ("a/b",))
 
 
 def test_parts_that_are_only_right_together_may_come_from_two_sources(tmp_path: Path) -> None:

@@ -12,13 +12,13 @@ import torch
 from lcl_megatron.config import DataConfig
 from lcl_megatron.data.batch import PackedBatch
 from lcl_megatron.data.collate import BLANK_KEY, collate_rows, image_key
-from lcl_megatron.data.compose import Composer
 from lcl_megatron.data.corpus_part import EncodedDocument
 from lcl_megatron.data.document import Source
-from lcl_megatron.data.rows import PlannedRow, RowSequence
+from lcl_megatron.data.mixture import RowSequence
+from lcl_megatron.data.rows import PlannedRow
 from tests.data.corpora import NUM_LATENTS, WrittenCorpus, random_documents, write
 
-CONFIG = DataConfig(seq_length=96, packing_window=50, max_images_per_document=3)
+CONFIG = DataConfig(seq_length=96, max_images_per_document=3)
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +26,14 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> WrittenCorpus:
     return write(tmp_path_factory.mktemp("collate"), random_documents(150, 4))
 
 
+def sequence_of(*written: WrittenCorpus, config: DataConfig = CONFIG) -> RowSequence:
+    return RowSequence([one.corpus for one in written], config, NUM_LATENTS, 3)
+
+
 @pytest.fixture(scope="module")
 def rows(written: WrittenCorpus) -> tuple[PlannedRow, ...]:
-    sequence = RowSequence(written.corpus, CONFIG, NUM_LATENTS, 3)
-    return sequence.read(0, sequence.num_rows_per_epoch() + 5).rows
+    sequence = sequence_of(written)
+    return sequence.read(0, sequence.sources[0].num_rows + 5).rows
 
 
 def documents_of(batch: PackedBatch, row: int) -> list[tuple[int, int]]:
@@ -41,9 +45,9 @@ def documents_of(batch: PackedBatch, row: int) -> list[tuple[int, int]]:
 
 def test_labels_and_masks_equal_a_loop_over_documents(written: WrittenCorpus, rows: tuple[PlannedRow, ...]) -> None:
     special = written.corpus.special_tokens
-    composer = Composer(written.corpus, CONFIG, NUM_LATENTS, 3)
+    sequence = sequence_of(written)
     for first in range(0, len(rows) - 3, 4):
-        batch = collate_rows(composer, rows[first : first + 4]).batch
+        batch = collate_rows(sequence, rows[first : first + 4]).batch
         tokens = batch.tokens.reshape(-1).tolist()
         labels, loss_mask, position_ids = [0] * len(tokens), [False] * len(tokens), [0] * len(tokens)
         image_slots, context_slots, has_context = [], [], []
@@ -79,7 +83,7 @@ def test_borders_cover_every_row_and_padding_is_a_document(
     written: WrittenCorpus, rows: tuple[PlannedRow, ...]
 ) -> None:
     special = written.corpus.special_tokens
-    batch = collate_rows(Composer(written.corpus, CONFIG, NUM_LATENTS, 3), rows[:6]).batch
+    batch = collate_rows(sequence_of(written), rows[:6]).batch
     borders = batch.cu_seqlens
     assert borders.dtype == torch.int32
     assert borders[0] == 0
@@ -98,11 +102,11 @@ def test_borders_cover_every_row_and_padding_is_a_document(
 
 
 def test_packed_rows_equal_documents_one_per_row(written: WrittenCorpus, rows: tuple[PlannedRow, ...]) -> None:
-    composer = Composer(written.corpus, CONFIG, NUM_LATENTS, 3)
+    sequence = sequence_of(written)
     packed = [row for row in rows if len(row.documents) > 1][:10]
     assert packed
-    together = collate_rows(composer, packed)
-    alone = collate_rows(composer, [PlannedRow(0, row.epoch, np.array([d])) for row in packed for d in row.documents])
+    together = collate_rows(sequence, packed)
+    alone = collate_rows(sequence, [PlannedRow(0, row.epoch, np.array([d])) for row in packed for d in row.documents])
     spans = [span for r, row in enumerate(packed) for span in documents_of(together.batch, r)[: len(row.documents)]]
     for index, (begin, end) in enumerate(spans):
         for name in ("tokens", "labels", "loss_mask", "position_ids"):
@@ -118,14 +122,17 @@ def test_image_keys_are_positive_and_name_image_and_epoch(written: WrittenCorpus
     keys = image_key(np.array([0, 0, 1, 2**40 - 2]), np.array([0, 1, 0, 2**22]))
     assert len(set(keys.tolist())) == 4
     assert keys.min() > BLANK_KEY
-    composer = Composer(written.corpus, CONFIG, NUM_LATENTS, 3)
-    every = torch.cat([collate_rows(composer, [row]).batch.image_keys for row in rows])
+    sequence = sequence_of(written)
+    every = torch.cat([collate_rows(sequence, [row]).batch.image_keys for row in rows])
     assert len(every.unique()) == len(every)
 
 
 def test_micro_batch_without_images_has_a_blank_slot(tmp_path: Path) -> None:
     text = write(tmp_path, [EncodedDocument([[9, 10]], [], Source("d", 1))])
-    collated = collate_rows(Composer(text.corpus, CONFIG, NUM_LATENTS, 3), [PlannedRow(0, 0, np.array([0]))])
+    with_image = write(tmp_path / "other", random_documents(9, 4))
+    sequence = sequence_of(with_image)
+    sequence.sources[0].composer.corpus = text.corpus
+    collated = collate_rows(sequence, [PlannedRow(0, 0, np.array([0]))])
     batch = collated.batch
     assert batch.num_images == 0
     assert len(collated.images) == 0
@@ -138,6 +145,6 @@ def test_micro_batch_without_images_has_a_blank_slot(tmp_path: Path) -> None:
 
 
 def test_documents_longer_than_their_row_are_refused(written: WrittenCorpus) -> None:
-    composer = Composer(written.corpus, CONFIG, NUM_LATENTS, 3)
+    sequence = sequence_of(written)
     with pytest.raises(ValueError, match="row 1 of the micro-batch has .* tokens; it holds 96"):
-        collate_rows(composer, [PlannedRow(0, 0, np.array([0])), PlannedRow(1, 0, np.arange(100))])
+        collate_rows(sequence, [PlannedRow(0, 0, np.array([0])), PlannedRow(1, 0, np.arange(100))])

@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lcl_megatron.config import ConfigError, DataConfig
-from lcl_megatron.data.compose import Composer
+from lcl_megatron.data.compose import IMAGES_CUT_OFF, NO_SIMILAR_IMAGE, TOO_MANY_IMAGES, Composer
 from lcl_megatron.data.corpus_part import EncodedDocument
 from lcl_megatron.data.document import ImageKind, Source
 from lcl_megatron.data.indexed_file import CorpusError
@@ -113,13 +116,78 @@ def test_composing_one_equals_composing_many(written: WrittenCorpus) -> None:
     assert len(composer.compose(np.zeros(0, dtype=np.int64), 1).lengths) == 0
 
 
-def test_documents_with_images_are_those_of_sufficient_similarity(
-    written: WrittenCorpus, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("too_many_images", ["sample", "skip"])
+@pytest.mark.parametrize("seq_length", [12, 64, 2048])
+def test_sizes_bound_every_epoch_and_are_exact_unless_the_tail_is_cut(
+    written: WrittenCorpus, seq_length: int, too_many_images: Literal["sample", "skip"]
 ) -> None:
-    monkeypatch.setattr("lcl_megatron.data.compose.ELIGIBILITY_CHUNK", 7)
-    found = Composer(written.corpus, DataConfig(min_similarity=0.4), NUM_LATENTS, SEED).documents_with_images()
-    expected = [i for i, d in enumerate(written.documents) if any(m.segment.similarity > 0.4 for m in d.images)]
-    assert found[np.arange(len(found))].tolist() == expected
+    config = DataConfig(seq_length=seq_length, max_images_per_document=3, too_many_images=too_many_images)
+    composer = Composer(written.corpus, config, NUM_LATENTS, SEED)
+    sizes = composer.sizes(0, 200)
+    parts = [composer.sizes(begin, min(200, begin + 7)) for begin in range(0, 200, 7)]
+    assert np.array_equal(sizes.lengths, np.concatenate([part.lengths for part in parts]))
+    assert np.array_equal(sizes.num_images, np.concatenate([part.num_images for part in parts]))
+    left_out: Counter[str] = Counter()
+    for document, encoded in enumerate(written.documents):
+        good = [m.segment for m in encoded.images if m.segment.similarity >= config.min_similarity]
+        epochs = [compose_slowly(written, document, epoch, config) for epoch in range(5)]
+        first_fits = [
+            1 + sum(map(len, encoded.segments[: m.segment_index])) + NUM_LATENTS + 2 < seq_length for m in good
+        ]
+        reason = (
+            NO_SIMILAR_IMAGE
+            if not good
+            else TOO_MANY_IMAGES
+            if too_many_images == "skip" and len(good) > 3
+            else IMAGES_CUT_OFF
+            if not any(first_fits)
+            else ""
+        )
+        assert (sizes.lengths[document] == 0) == bool(reason)
+        if reason:
+            left_out[reason] += 1
+            continue
+        sentences = {m.segment_index for m in good if m.kind is ImageKind.MATCHED}
+        inline = sum(m.kind is ImageKind.INLINE for m in good)
+        whole = 2 + sum(map(len, encoded.segments)) + min(3, len(sentences) + inline) * (NUM_LATENTS + 2)
+        if whole <= seq_length:
+            assert {(len(e.tokens), len(e.images)) for e in epochs} == {
+                (sizes.lengths[document], sizes.num_images[document])
+            }
+        else:
+            assert sizes.lengths[document] == seq_length
+            assert all(len(e.images) <= sizes.num_images[document] for e in epochs)
+    assert {reason: number for reason, number in sizes.left_out.items() if number} == left_out
+
+
+@given(cut=st.integers(0, 200), document=st.integers(0, 199))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_parts_of_a_document_are_slices_of_its_tokens(written: WrittenCorpus, cut: int, document: int) -> None:
+    composer = Composer(written.corpus, DataConfig(layout="window"), NUM_LATENTS, SEED)
+    whole = composer.compose(np.array([document]), 3)
+    tokens = composer.tokens(whole, 0)
+    special = written.corpus.special_tokens
+    cut = min(cut, len(tokens) - 1)
+    while tokens[cut] in (special.image, special.eoi):  # no border goes through an image
+        cut += 1
+    for begin, end in ((0, cut), (cut, len(tokens))):
+        if begin == end:
+            continue
+        part = whole.part(np.array([begin]), np.array([end]), NUM_LATENTS)
+        shown = tokens[begin:end].tolist()
+        assert part.lengths.tolist() == [len(shown)]
+        assert part.image_positions.tolist() == [i for i, token in enumerate(shown) if token == special.boi]
+        assert part.num_targets.tolist() == [sum(token not in (special.image, special.eoi) for token in shown[1:])]
+        content = [i for i, token in enumerate(shown) if token not in (special.bos, special.eos)]
+        assert part.has_context.tolist() == [bool(content and content[0] < i) for i in part.image_positions]
+
+
+def test_documents_cut_into_windows_look_the_same_in_every_epoch(written: WrittenCorpus) -> None:
+    composer = Composer(written.corpus, DataConfig(layout="window", max_images_per_document=1), NUM_LATENTS, SEED)
+    first, other = composer.compose(np.arange(200), 0), composer.compose(np.arange(200), 7)
+    assert np.array_equal(first.images, other.images)
+    assert np.array_equal(first.image_positions, other.image_positions)
+    assert set(other.epochs.tolist()) == {7}
 
 
 def test_choices_and_placement_are_fair(tmp_path: Path) -> None:

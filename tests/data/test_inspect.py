@@ -7,7 +7,9 @@ position; ``html.parser``.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,12 +47,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     data.write(documents)
     for number in range(0, 24, 3):
         data.truncate(f"{number}<b>.png")
+    for number in range(1, 24, 4):
+        data.truncate(f"{number}b.png")
     return data.preprocess().corpus
 
 
 def make_plan(corpus: Corpus, **changes: object) -> Plan:
-    settings: dict[str, object] = {"seq_length": 96, "packing_window": 12, "num_workers": 0, "crop_scale": (0.5, 1.0)}
-    return Plan(corpus, DataConfig(**settings | changes), NUM_LATENTS, 8, 2, 2, seed=3)
+    settings: dict[str, object] = {"seq_length": 96, "num_workers": 0, "crop_scale": (0.5, 1.0)}
+    return Plan([corpus], DataConfig(**settings | changes), NUM_LATENTS, 8, 2, 2, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +135,9 @@ def test_documents_on_the_page_are_those_of_the_batch(page: Node, plan: Plan, tr
         headings = [node.text.split(" \u00b7 ") for node in section.all("h3")]
         sizes = [int(heading[1].split()[0]) for heading in headings]
         assert sizes == [b - a for a, b in itertools.pairwise(borders)]
-        sources = [plan.sequence.corpus.document_source(d) for d in row.documents.tolist()]
+        sources = [plan.sequence.sources[0].corpus.document_source(d) for d in row.documents.tolist()]
         assert [heading[0] for heading in headings] == sources + ["padding"] * (len(sizes) - len(sources))
-        padding = int((batch.tokens[number] == plan.sequence.corpus.special_tokens.pad).sum())
+        padding = int((batch.tokens[number] == plan.sequence.sources[0].corpus.special_tokens.pad).sum())
         assert f"{length - padding} of {length} positions filled" in section.text
         assert f"Row {row.index}" == section.all("h2")[0].text
 
@@ -154,7 +158,7 @@ def test_images_on_the_page_are_those_of_the_batch(page: Node, trained: StepBatc
             assert ("bad" in node.attributes["class"]) == (not batch.image_ok[slot])
             if not batch.image_ok[slot]:
                 (line,) = {bad for bad in trained.bad_images if bad.startswith(corpus.image_source(index))}
-                assert line.partition(">.png): ")[2] in node.all("span", "wrong")[0].text
+                assert line.removeprefix(f"{corpus.image_source(index)}: ") in node.all("span", "wrong")[0].text
             elif not batch.has_context[slot]:
                 assert "no text and no image stands before it" in node.all("span", "quiet")[0].text
         contexts = sum(bool(batch.pair_mask[slot]) for slot in slots_of(batch, row))
@@ -163,7 +167,7 @@ def test_images_on_the_page_are_those_of_the_batch(page: Node, trained: StepBatc
 
 def test_the_crop_on_the_page_is_the_part_that_is_shown(view: StepView, plan: Plan) -> None:
     """Cutting the box out of the decoded image and resizing it gives the pixels: the box is in the image's pixels."""
-    corpus, seen = plan.sequence.corpus, set()
+    corpus, seen = plan.sequence.sources[0].corpus, set()
     for image in [image for row in view.rows for image in row.images if not image.error]:
         index = image.key % (1 << 40) - 1
         pixels = decode_rgb(corpus.image_bytes(index), 10**6)
@@ -181,7 +185,7 @@ def test_header_counts_are_those_of_all_ranks(page: Node, plan: Plan) -> None:
     steps = [next(iter(StepLoader(plan, rank, IMAGE_SIZE, start_step=STEP, end_step=STEP + 1))) for rank in (0, 1)]
     batches = [batch for step in steps for batch in step.micro_batches]
     values = {node.all("span")[0].text: node.all("b")[0].text for node in page.all("div", "cards")[0].all("div")}
-    pad = plan.sequence.corpus.special_tokens.pad
+    pad = plan.sequence.sources[0].corpus.special_tokens.pad
     filled = sum(int((batch.tokens != pad).sum()) for batch in batches) / sum(batch.tokens.numel() for batch in batches)
     assert values["Rows of the step"] == "8"
     assert values["Filled"] == f"{filled:.1%}"
@@ -237,6 +241,51 @@ def test_later_micro_batches_and_more_rows_than_there_are(plan: Plan, trained: S
     assert [(row.micro_batch, row.number) for row in view.rows] == [(1, 0), (1, 1)]
     batch = trained.micro_batches[1]
     assert [[token.token for token in row.tokens] for row in view.rows] == batch.tokens.tolist()
+
+
+def test_documents_that_rows_cut_say_where_they_go_on(corpus: Corpus, tmp_path: Path) -> None:
+    plan = make_plan(corpus, layout="window", seq_length=40)
+    view = view_step(plan, IMAGE_SIZE, Selection(rows=8))
+    planned = [row for rows in plan.step(0).micro_batches(0) for row in rows]
+    begins = [int(begin) for row in planned for begin in row.begins]
+    documents = [document for row in view.rows for document in row.documents if document.source]
+    assert [document.begin for document in documents] == begins
+    assert any(begins)
+    cut = [(d, image) for d in documents for image in d.images if image.no_context and d.begin]
+    assert cut
+    for document, image in cut:
+        assert image.boi_position == document.tokens[0].flat_position
+        assert image.no_context == "what stands before it in its document is in another row"
+    write_step_page(view, tmp_path / "step.html")
+    headings = " ".join(node.text for node in read_page(tmp_path / "step.html").all("h3"))
+    assert [int(number) for number in re.findall(r"from its token (\d+) on", headings)] == [b for b in begins if b]
+    assert f"tokens from its token {max(begins)} on, flat" in render_step(view)
+
+
+def test_rows_of_mixed_corpora_and_of_pairs_name_their_sources(corpus: Corpus, tmp_path: Path) -> None:
+    other = DataFolder(tmp_path / "other")
+    other.write([(["", sentence(i)], [(f"{i}.png", 1)]) for i in range(30)])
+    second = Corpus.open(other.preprocess().corpus.path.rename(tmp_path / "captions"))
+    config = DataConfig(
+        data_path=("a", "b"), view=("interleaved", "pairs"), mixture_weights=(1, 1), seq_length=64, num_workers=0
+    )
+    plan = Plan([corpus, second], config, NUM_LATENTS, 8, 8, 1, seed=3)
+    (batch,) = next(iter(StepLoader(plan, 0, IMAGE_SIZE, end_step=1))).micro_batches
+    view = view_step(plan, IMAGE_SIZE, Selection(rows=8))
+    assert [[token.token for token in row.tokens] for row in view.rows] == batch.tokens.tolist()
+    assert [image.key for row in view.rows for image in row.images] == batch.image_keys.tolist()
+
+    known = {f"captions: {second.image_source(i)}" for i in range(second.num_images)}
+    known |= {f"corpus: {corpus.image_source(i)}" for i in range(corpus.num_images)}
+    seen = set()
+    for document in [document for row in view.rows for document in row.documents if document.source]:
+        folder = document.source.partition(": ")[0]
+        seen.add(folder)
+        for image in document.images:
+            assert image.source in known
+            whole = image.source if folder == "captions" else image.source.partition(" image ")[0]
+            assert document.source == whole
+    assert seen == {"captions", "corpus"}
 
 
 def test_why_an_image_has_no_context_follows_the_rule(corpus: Corpus) -> None:

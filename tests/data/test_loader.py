@@ -24,7 +24,7 @@ from lcl_megatron.data.loader import StepLoader
 from lcl_megatron.data.plan import Plan
 from tests.data.corpora import NUM_LATENTS, WrittenCorpus, random_documents, write
 
-CONFIG = DataConfig(seq_length=96, packing_window=40, max_images_per_document=3, num_workers=0)
+CONFIG = DataConfig(seq_length=96, max_images_per_document=3, num_workers=0)
 SIZE = 28
 SEED = 5
 
@@ -36,7 +36,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> WrittenCorpus:
 
 def make_plan(corpus: Corpus, num_workers: int = 0, batch: tuple[int, int, int] = (8, 2, 2)) -> Plan:
     config = dataclasses.replace(CONFIG, num_workers=num_workers)
-    return Plan(corpus, config, NUM_LATENTS, *batch, SEED)
+    return Plan([corpus], config, NUM_LATENTS, *batch, SEED)
 
 
 def read(steps: Iterator[StepBatch], number: int) -> list[StepBatch]:
@@ -59,7 +59,7 @@ def make_directly(corpus: Corpus, step: int, dp_rank: int) -> list[PackedBatch]:
     transform = TrainingTransform(size=SIZE, seed=SEED)
     batches = []
     for rows in plan.step(step).micro_batches(dp_rank):
-        collated = collate_rows(plan.sequence.composer, rows)
+        collated = collate_rows(plan.sequence, rows)
         keys = collated.batch.image_keys.tolist()
         images = [transform(corpus.image_bytes(i), k) for i, k in zip(collated.images.tolist(), keys, strict=True)]
         batches.append(dataclasses.replace(collated.batch, images=torch.stack(images)))

@@ -1,23 +1,43 @@
-"""Oracles: a textbook best-fit-decreasing in quadratic time, exhaustive search, the trivial lower bound."""
+"""Oracle: a textbook best-fit-decreasing in quadratic time, document by document."""
 
 from __future__ import annotations
 
-import itertools
+from collections import Counter
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lcl_megatron.data.packing import deal_evenly, pack_documents
+from lcl_megatron.data.packing import DocumentClasses, Pattern, one_per_row, pack
 
-documents = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 5)), max_size=60)
+documents = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 5)), max_size=80)
+few_lengths = st.lists(st.tuples(st.sampled_from([3, 7, 10, 26, 50]), st.integers(0, 2)), max_size=200)
+Items = list[tuple[int, int]]
 
 
-def textbook_rows(items: list[tuple[int, int]], capacity: int, image_capacity: int) -> list[tuple[int, int]]:
+def classes_of(items: Items) -> DocumentClasses:
+    kinds = sorted(Counter(items).items())
+    columns = [(length, images, count) for (length, images), count in kinds]
+    return DocumentClasses(*np.array(columns, dtype=np.int64).reshape(-1, 3).T)
+
+
+def rows_of(patterns: list[Pattern], classes: DocumentClasses) -> list[Items]:
+    """(length, images) of the documents of every row; fails unless every document stands in exactly one."""
+    rows, seen = [], []
+    for pattern in patterns:
+        for row in range(pattern.num_rows):
+            members = [(slot.document_class, slot.first + row) for slot in pattern.slots]
+            seen += members
+            rows.append([(int(classes.lengths[c]), int(classes.num_images[c])) for c, _ in members])
+    assert sorted(seen) == [(c, i) for c, count in enumerate(classes.counts) for i in range(count)]
+    return rows
+
+
+def textbook_rows(items: Items, capacity: int, image_capacity: int) -> list[tuple[int, int]]:
     """Best-fit-decreasing; returns (tokens, images) of the rows."""
     rows: list[list[int]] = []
-    for length, images in sorted(items, key=lambda item: -item[0]):
+    for length, images in sorted(items, key=lambda item: (-item[0], -item[1])):
         fitting = [r for r in rows if r[0] + length <= capacity and r[1] + images <= image_capacity]
         best = max(fitting, key=lambda r: (r[0], r[1]), default=None)
         if best is None:
@@ -28,74 +48,49 @@ def textbook_rows(items: list[tuple[int, int]], capacity: int, image_capacity: i
     return sorted((r[0], r[1]) for r in rows)
 
 
-def row_sums(rows: np.ndarray, values: np.ndarray) -> np.ndarray:
-    return np.bincount(rows, weights=values).astype(int)
+def sums(rows: list[Items]) -> list[tuple[int, int]]:
+    return sorted((sum(length for length, _ in row), sum(images for _, images in row)) for row in rows)
 
 
-@given(items=documents)
-def test_packing_equals_textbook_best_fit_decreasing(items: list[tuple[int, int]]) -> None:
-    lengths = np.array([length for length, _ in items], dtype=np.int64)
-    rows = pack_documents(lengths, 50)
-    expected = [tokens for tokens, _ in textbook_rows([(length, 0) for length in lengths.tolist()], 50, 0)]
-    assert sorted(row_sums(rows, lengths).tolist()) == expected
+@given(items=documents | few_lengths)
+def test_packing_equals_textbook_best_fit_decreasing(items: Items) -> None:
+    classes = classes_of(items)
+    found = [tokens for tokens, _ in sums(rows_of(pack(classes, 50), classes))]
+    assert found == [tokens for tokens, _ in textbook_rows([(length, 0) for length, _ in items], 50, 0)]
 
 
-@given(items=documents)
-def test_packing_under_two_budgets_equals_textbook(items: list[tuple[int, int]]) -> None:
-    lengths, images = (np.array([item[i] for item in items], dtype=np.int64) for i in (0, 1))
-    rows = pack_documents(lengths, 50, images, 6)
-    assert row_sums(rows, lengths).max(initial=0) <= 50
-    assert row_sums(rows, images).max(initial=0) <= 6
-    # Ties between equally full rows are broken alike in tokens and images, so whole rows must agree as multisets.
-    found = sorted(zip(row_sums(rows, lengths).tolist(), row_sums(rows, images).tolist(), strict=True))
-    assert len(found) == len(textbook_rows(items, 50, 6))
+@given(items=documents | few_lengths)
+def test_packing_under_two_budgets_equals_textbook(items: Items) -> None:
+    classes = classes_of(items)
+    found = sums(rows_of(pack(classes, 50, 6), classes))
+    assert all(tokens <= 50 and images <= 6 for tokens, images in found)
+    assert found == textbook_rows(items, 50, 6)
+
+
+def test_packing_time_does_not_depend_on_the_number_of_documents() -> None:
+    """A billion documents of three kinds: 12 + 12 + 26 fill a row, then 26 + 24 would."""
+    classes = DocumentClasses(np.array([12, 26, 50]), np.array([1, 2, 1]), np.array([10**9, 4 * 10**8, 10**8]))
+    patterns = {tuple(slot.document_class for slot in p.slots): p.num_rows for p in pack(classes, 50)}
+    assert patterns == {(2,): 10**8, (1, 0, 0): 4 * 10**8, (0, 0, 0, 0): 5 * 10**7}
+
+
+def test_one_per_row() -> None:
+    classes = classes_of([(3, 1), (3, 1), (9, 2)])
+    assert rows_of(one_per_row(classes), classes) == [[(3, 1)], [(3, 1)], [(9, 2)]]
 
 
 def test_packing_fills_rows_of_webpage_lengths() -> None:
     """Log-normal text of mean 425 and 1 to 6 images of 198: the lengths that the paper's MMC4 rules give."""
     rng = np.random.default_rng(0)
-    text = rng.lognormal(np.log(425) - 0.32, 0.8, 1024)
-    lengths = np.minimum(2048, text + 198 * rng.choice([1, 2, 3, 4, 5, 6], 1024, p=[0.4, 0.2, 0.13, 0.1, 0.1, 0.07]))
-    lengths = lengths.astype(np.int64)
-    rows = pack_documents(lengths, 2048)
-    assert lengths.sum() / (2048 * (rows.max() + 1)) > 0.975
+    text = rng.lognormal(np.log(425) - 0.32, 0.8, 4096)
+    lengths = np.minimum(2048, text + 198 * rng.choice([1, 2, 3, 4, 5, 6], 4096, p=[0.4, 0.2, 0.13, 0.1, 0.1, 0.07]))
+    classes = classes_of([(int(length), 1) for length in lengths])
+    rows = sum(pattern.num_rows for pattern in pack(classes, 2048))
+    assert lengths.astype(int).sum() / (2048 * rows) > 0.985
 
 
 def test_packing_refuses_what_fits_nowhere() -> None:
     with pytest.raises(ValueError, match="documents of 3 to 51 tokens; a row holds 1 to 50"):
-        pack_documents(np.array([3, 51]), 50)
+        pack(classes_of([(3, 0), (51, 0)]), 50)
     with pytest.raises(ValueError, match="documents of 1 to 7 images; a row holds 0 to 6"):
-        pack_documents(np.array([3, 5]), 50, np.array([1, 7]), 6)
-    with pytest.raises(ValueError, match="image_capacity = 6 without num_images"):
-        pack_documents(np.array([3, 5]), 50, image_capacity=6)
-
-
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.sampled_from([1, 2, 3, 4]))
-def test_dealing_gives_every_item_once_in_equal_numbers(weights: list[int], num_bins: int) -> None:
-    weights = weights[: len(weights) // num_bins * num_bins]
-    bins = deal_evenly(np.array(weights, dtype=np.int64), num_bins)
-    assert bins.shape == (num_bins, len(weights) // num_bins)
-    assert sorted(bins.reshape(-1).tolist()) == list(range(len(weights)))
-    assert np.array_equal(bins, np.sort(bins, axis=1))
-
-
-def test_dealing_to_two_bins_is_near_the_best_of_all_deals() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        weights = rng.integers(1, 9, 8)
-        best = min(abs(2 * weights[list(c)].sum() - weights.sum()) for c in itertools.combinations(range(8), 4))
-        loads = weights[deal_evenly(weights, 2)].sum(axis=1)
-        assert abs(loads[0] - loads[1]) <= best + 1
-
-
-@pytest.mark.parametrize("rows_per_bin", [8, 32])
-def test_dealing_to_64_ranks_is_as_even_as_integers_allow(rows_per_bin: int) -> None:
-    for seed in range(5):
-        weights = np.random.default_rng(seed).poisson(4.0, 64 * rows_per_bin) + 1
-        loads = weights[deal_evenly(weights, 64)].sum(axis=1)
-        assert loads.max() == -(-weights.sum() // 64)
-
-
-def test_dealing_refuses_unequal_numbers() -> None:
-    with pytest.raises(ValueError, match="5 items cannot be dealt to 2 bins"):
-        deal_evenly(np.ones(5, dtype=np.int64), 2)
+        pack(classes_of([(3, 1), (5, 7)]), 50, 6)

@@ -53,7 +53,7 @@ def config(tiny_run: RunConfig, written: WrittenCorpus) -> RunConfig:
 def batches(config: RunConfig, written: WrittenCorpus) -> tuple[PackedBatch, PackedBatch]:
     """The first step of a run, and its documents one per row in the same order."""
     latents = config.vision.num_patches
-    plan = Plan(written.corpus, config.data, latents, ROWS, ROWS, 1, seed=config.training.seed)
+    plan = Plan([written.corpus], config.data, latents, ROWS, ROWS, 1, seed=config.training.seed)
     loader: Iterator = iter(StepLoader(plan, 0, config.vision.image_size, end_step=1))
     (packed,) = next(loader).micro_batches
     ((*rows,),) = plan.step(0).micro_batches(0)
@@ -65,7 +65,7 @@ def batches(config: RunConfig, written: WrittenCorpus) -> tuple[PackedBatch, Pac
         crop_ratio=config.data.crop_ratio,
         max_pixels=config.data.max_image_pixels,
     )
-    unpacked, bad = add_images(collate_rows(plan.sequence.composer, alone), written.corpus, transform)
+    unpacked, bad = add_images(collate_rows(plan.sequence, alone), plan.sequence, transform)
     assert bad == []
     return packed, unpacked
 

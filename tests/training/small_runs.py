@@ -139,9 +139,8 @@ def small_config(corpus: Path, **sections: dict[str, Any]) -> RunConfig:
             num_layers=2, hidden_size=64, ffn_hidden_size=128, num_attention_heads=4, max_position_embeddings=64
         ),
         data=DataConfig(
-            data_path=str(corpus),
+            data_path=(str(corpus),),
             seq_length=48,
-            packing_window=64,
             num_workers=0,
             crop_scale=(1.0, 1.0),
             crop_ratio=(1.0, 1.0),

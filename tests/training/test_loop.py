@@ -102,7 +102,7 @@ def test_a_run_leaves_reports_curves_and_checkpoints(
     assert "step 8/8" in lines[-1]
     messages = "\n".join(record.getMessage() for record in caplog.records)
     assert "train_iters       = 8    (default 250000)" in messages
-    assert "12 documents, 24 images" in messages
+    assert "12 documents, 24 images: " in messages
     assert f"saved {save / 'step-00000005'}" in messages
 
 

@@ -37,7 +37,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def count_by_hand(run: Any, batches: list[Any]) -> dict[str, Any]:
     """Everything that a report counts, from the tensors of the steps."""
     counts: dict[str, Any] = {"images": 0, "tokens": 0, "pairs": 0, "targets": 0, "lengths": [], "bad": 0}
-    special = run.corpus.special_tokens
+    special = run.plan.sequence.special_tokens
     for batch in batches:
         counts["bad"] += len(batch.bad_images)
         for micro in batch.micro_batches:
