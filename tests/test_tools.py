@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from lcl_megatron.config.toml import to_toml
+from tests.html_page import read_page
 from tests.reference_lcl import Sizes, record_case
 from tests.training.small_runs import DataFolder, plain_document, small_config, train_and_read
 
@@ -100,6 +102,32 @@ def test_from_shards_to_a_probed_encoder(tmp_path: Path, monkeypatch: pytest.Mon
     assert reports[0]["num_train"] + reports[0]["knn"]["num_examples"] == len(names)
     assert "| trained " in output
     assert "no complete checkpoint" in str(ending_of("probe", monkeypatch, tmp_path / "logs", *images))
+
+
+def test_inspect_data_shows_rows_and_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = DataFolder(tmp_path / "data")
+    data.write([plain_document(number) for number in range(16)])
+    (data.images / "3a.png").unlink()
+    corpus = data.preprocess().corpus.path
+    run, page, statistics = (tmp_path / name for name in ("run.toml", "step.html", "corpus.statistics.html"))
+    run.write_text(to_toml(small_config(corpus)))
+    rows = ("--config", run, "--step", 3)
+
+    output = call("inspect_data", *rows, "--rows", 2, "--micro-batch", 1, "--micro-batch-size", 2)
+    assert "step 3: rows 12 to 15, " in output
+    assert output.count("\nrow ") == output.count("micro-batch 1, row ") == 2
+    output = call("inspect_data", *rows, "--output", page, "--statistics", statistics)
+    assert output.splitlines() == [f"wrote {statistics}", f"wrote {page}"]
+    assert len(read_page(page).all("section")) == 4
+    assert "missing file" in read_page(statistics).text
+    statistics.unlink()
+    assert call("inspect_data", "--data-path", corpus, "--statistics", statistics) == f"wrote {statistics}\n"
+    assert statistics.exists()
+
+    assert "error: data.data_path is empty" in str(ending_of("inspect_data", monkeypatch))
+    wrong = ending_of("inspect_data", monkeypatch, *rows, "--dp-rank", 1)
+    assert str(wrong).startswith("error: dp_rank = 1: the step has 1 of them")
+    assert "--world-size" in str(wrong)
 
 
 def test_check_reference_reads_a_recorded_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

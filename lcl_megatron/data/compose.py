@@ -165,6 +165,10 @@ class Composer:
         """How many documents there are to compose, those that are left out included."""
         return self.corpus.num_documents
 
+    def document_source(self, document: int) -> str:
+        """Return where what is composed comes from."""
+        return self.corpus.document_source(document)
+
     def sizes(self, begin: int, end: int) -> DocumentSizes:
         """Return what the documents [begin, end) need of a row, in any epoch."""
         corpus = self.corpus

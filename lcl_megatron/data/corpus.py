@@ -65,6 +65,8 @@ class Corpus:
         document_segments: (D + 1,) int64, first text segment of each document.
         segment_lengths: (G,) int32, tokens in each text segment; 0 for an empty text.
         document_images: (D + 1,) int64, first image of each document.
+        document_sources: (D, 2) int64, source (numbered as in the manifest) and line of each document.
+        image_lengths: (I,) int32, bytes of each encoded image.
         image_segment: (I,) int32, index of its text segment within its document; ascending within a document.
         image_similarity: (I,) float32, CLIP similarity to that segment.
         image_width: (I,) int32, pixels, from the file's header; 0 if unknown.
@@ -91,6 +93,7 @@ class Corpus:
         self.document_segments = self._tokens.document_indices
         self.segment_lengths = self._tokens.lengths
         self.document_images = self._images.document_indices
+        self.image_lengths = self._images.lengths
         self._check_counts()
         self.image_segment = self._load_array("image_segment")
         self.image_similarity = self._load_array("image_similarity")
@@ -98,14 +101,16 @@ class Corpus:
         self.image_height = self._load_array("image_height")
         self.image_kind = self._load_array("image_kind")
         self._image_number = self._load_array("image_number")
+        self.document_sources = load_array(path / "document_source.npy", "int64", (self.num_documents, 2))
         self._mapped = (
             self.document_segments,
             self.segment_lengths,
             self._tokens.pointers,
             self.document_images,
-            *(getattr(self, name) for name in ("image_segment", "image_similarity", "image_kind")),
+            self.document_sources,
+            self.image_lengths,
+            *(getattr(self, name) for name in IMAGE_ARRAYS if name != "image_number"),
         )
-        self._document_source = load_array(path / "document_source.npy", "int64", (self.num_documents, 2))
 
     @classmethod
     def open(cls, path: str | Path, tokenizer_model: str | Path = "") -> Corpus:
@@ -190,7 +195,7 @@ class Corpus:
 
     def document_source(self, document: int) -> str:
         """Return where a document comes from: ``docs_shard_7.jsonl:1312``."""
-        source, line = (int(value) for value in self._document_source[document])
+        source, line = (int(value) for value in self.document_sources[document])
         return f"{self.manifest['sources'][source]['name']}:{line}"
 
     def release_pages(self) -> None:

@@ -118,16 +118,23 @@ class RowSequence:
 
     def image_bytes(self, image: int) -> bytes:
         """Return the encoded bytes of an image, by the run's number."""
-        corpus, own = self._image(image)
+        corpus, own = self.find_image(image)
         return corpus.image_bytes(own)
 
     def image_source(self, image: int) -> str:
         """Return where an image comes from: ``docs_shard_7.jsonl:1312 image 3 (a1b2.jpg)``."""
-        corpus, own = self._image(image)
+        corpus, own = self.find_image(image)
         where = corpus.image_source(own)
         return where if len(self.sources) == 1 else f"{corpus.path.name}: {where}"
 
-    def _image(self, image: int) -> tuple[Corpus, int]:
+    def document_source(self, row: PlannedRow, number: int) -> str:
+        """Return where a document of a row comes from: ``docs_shard_7.jsonl:1312``."""
+        source = self.sources[row.source]
+        where = source.composer.document_source(int(row.documents[number]))
+        return where if len(self.sources) == 1 else f"{source.corpus.path.name}: {where}"
+
+    def find_image(self, image: int) -> tuple[Corpus, int]:
+        """Return the corpus of an image and its index there, by the run's number."""
         number = bisect.bisect_right(self.image_begins, image) - 1
         return self.sources[number].corpus, int(image - self.image_begins[number])
 

@@ -26,6 +26,10 @@ class PairComposer(Composer):
         """How many pairs there are to compose, those that are left out included: one per image."""
         return self.corpus.num_images
 
+    def document_source(self, document: int) -> str:
+        """Return where a pair comes from: ``docs_shard_7.jsonl:1312 image 3 (a1b2.jpg)``."""
+        return self.corpus.image_source(document)
+
     def sizes(self, begin: int, end: int) -> DocumentSizes:
         """Return what the pairs [begin, end) need of a row, in any epoch."""
         corpus = self.corpus

@@ -6,6 +6,7 @@ the text says, so a web page that contains ``<image>`` cannot break the count of
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import io
 import itertools
@@ -26,6 +27,8 @@ PIECES: dict[str, str] = {
     "image": "<image>",
 }
 """Piece of each special token inside the SentencePiece model."""
+SPACE = "\u2581"
+"""SentencePiece's sign for a space."""
 MAX_SENTENCE_BYTES = 1 << 16
 """Longer texts are cut for tokenizer training, because the trainer would leave them out."""
 
@@ -110,6 +113,25 @@ class Tokenizer:
     def decode(self, tokens: Iterable[int]) -> str:
         """Return the text of token ids; special tokens have none."""
         return str(self._processor.decode([int(token) for token in tokens]))
+
+    def surfaces(self, tokens: Iterable[int]) -> list[str]:
+        """Return what each token stands for in the text: joined, the text, with a space before its first word.
+
+        A character of several byte tokens stands at its last byte; special tokens have no text.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        texts: list[str] = []
+        for token in map(int, tokens):
+            if self._processor.is_byte(token):
+                texts.append(decoder.decode(bytes([int(self._processor.id_to_piece(token)[3:5], 16)])))
+                continue
+            if broken := decoder.decode(b"", final=True):
+                texts[-1] += broken
+            is_control = self._processor.is_control(token)
+            texts.append("" if is_control else self._processor.id_to_piece(token).replace(SPACE, " "))
+        if broken := decoder.decode(b"", final=True):
+            texts[-1] += broken
+        return texts
 
     def _find_special_tokens(self) -> SpecialTokens:
         ids: dict[str, int] = {}

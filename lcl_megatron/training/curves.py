@@ -10,17 +10,16 @@ while the text loss looks normal.
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from lcl_megatron.data.drawing import PALETTE, figure, picture
+from lcl_megatron.data.page import Html, element, svg_image, write_page
 from lcl_megatron.training.metrics_reader import RunMetrics, Series, XAxis, read_metrics
 
 if TYPE_CHECKING:
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
 _MAX_POINTS = 1500
 _SMOOTHING_SHARE = 0.02
-_COLOURS = ("#3566b8", "#d1701f", "#2e8b57", "#a8327d", "#7a6a00", "#4d4d4d")
 _DASHES: tuple[Literal["-", "--"], ...] = ("-", "--")
 
 
@@ -116,16 +114,20 @@ def write_curves(paths: Sequence[Path], output: Path, names: Sequence[str] = (),
 
 def render_page(runs: Sequence[RunMetrics], x_axis: XAxis = "step") -> str:
     """Return the page: heading, one drawing per panel, table of final values."""
-    drawings = []
-    for panel in _panels_of(runs):
-        picture = base64.b64encode(_draw([panel], runs, x_axis, "svg", columns=1)).decode("ascii")
-        label = html.escape(panel.title, quote=True)
-        drawings.append(f'<img alt="{label}" src="data:image/svg+xml;base64,{picture}">')
-    legend = "".join(
-        f'<li><span style="background:{_colour(index)}"></span>{html.escape(run.name)}</li>'
-        for index, run in enumerate(runs)
+    drawings = [svg_image(_draw([panel], runs, x_axis, "svg", columns=1), panel.title) for panel in _panels_of(runs)]
+    legend = (
+        element("li", element("span", style=f"background:{_colour(index)}"), run.name) for index, run in enumerate(runs)
     )
-    return _PAGE.format(legend=legend, drawings="\n".join(drawings), table=_final_values(runs))
+    return write_page(
+        "Training curves",
+        _STYLE,
+        element("ul", *legend),
+        element("p", "Faint: every report. Strong: centred mean over 2% of the reports. "
+                "Red cross: a value that is not finite."),
+        element("div", *drawings, class_="drawings"),
+        element("h2", "Final values"),
+        element("div", element("table", *_final_values(runs)), class_="scroll"),
+    )  # fmt: skip
 
 
 def _panels_of(runs: Sequence[RunMetrics]) -> list[Panel]:
@@ -134,42 +136,17 @@ def _panels_of(runs: Sequence[RunMetrics]) -> list[Panel]:
 
 
 def _draw(panels: Sequence[Panel], runs: Sequence[RunMetrics], x_axis: XAxis, kind: str, columns: int) -> bytes:
-    """Return a picture of panels in a grid, in the format ``kind``.
-
-    matplotlib is imported here: a training process that draws nothing need not load it. Figures are made without
-    pyplot, which would keep them alive and may ask for a display.
-    """
-    import matplotlib
-    from matplotlib.figure import Figure
-
+    """Return a picture of panels in a grid, in the format ``kind``."""
     rows = math.ceil(len(panels) / columns)
-    style: dict[Any, Any] = {
-        "font.family": ["DejaVu Sans"],
-        "font.size": 9,
-        "axes.titlesize": 10.5,
-        "axes.titleweight": "bold",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": "#999999",
-        "axes.labelcolor": "#444444",
-        "xtick.color": "#666666",
-        "ytick.color": "#666666",
-        "grid.color": "#e6e6e6",
-        "svg.hashsalt": "lcl_megatron",  # equal input, equal file
-    }
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(4.6 * columns, 2.9 * rows), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False).reshape(-1)
+    with figure(4.6 * columns, 2.9 * rows) as drawn:
+        axes = drawn.subplots(rows, columns, squeeze=False).reshape(-1)
         for panel, axis in zip(panels, axes, strict=False):
             _draw_panel(axis, panel, runs, x_axis)
         for axis in axes[len(panels) :]:
             axis.set_axis_off()
         if columns > 1:  # a picture that stands alone; the page names its runs itself
-            _draw_run_names(figure, runs)
-        buffer = io.BytesIO()
-        metadata = {"Date": None} if kind == "svg" else {"CreationDate": None} if kind == "pdf" else None
-        figure.savefig(buffer, format=kind, dpi=110, metadata=metadata)
-    return buffer.getvalue()
+            _draw_run_names(drawn, runs)
+        return picture(drawn, kind)
 
 
 def _draw_panel(axes: Axes, panel: Panel, runs: Sequence[RunMetrics], x_axis: XAxis) -> None:
@@ -236,7 +213,7 @@ def _draw_run_names(figure: Figure, runs: Sequence[RunMetrics]) -> None:
 
 
 def _colour(index: int) -> str:
-    return _COLOURS[index % len(_COLOURS)]
+    return PALETTE[index % len(PALETTE)]
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
@@ -264,30 +241,25 @@ def _thin_out(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x[index], y[index]
 
 
-def _final_values(runs: Sequence[RunMetrics]) -> str:
-    """Return the table of last values, one column per run; the mean of the last 2% of the reports stands beside."""
-    names = sorted({name for run in runs for name in run.series})
-    head = "".join(f'<th colspan="2">{html.escape(run.name)}</th>' for run in runs)
-    rows = [
-        f"<tr><th></th>{head}</tr>",
-        "<tr><th></th>" + "<th>last</th><th>mean of last 2%</th>" * len(runs) + "</tr>",
-    ]
-    cells = "".join(f'<td colspan="2">{run.steps[-1]:,}</td>' for run in runs)
-    rows.append(f"<tr><td>steps</td>{cells}</tr>")
-    cells = "".join(f'<td colspan="2">{(run.times[-1] - run.times[0]) / 3600:.2f}</td>' for run in runs)
-    rows.append(f"<tr><td>hours between first and last report</td>{cells}</tr>")
-    for name in names:
-        cells = "".join(_value_cells(run.series.get(name)) for run in runs)
-        rows.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
-    return "\n".join(rows)
+def _final_values(runs: Sequence[RunMetrics]) -> Iterator[Html]:
+    """Yield the table's rows: last values, one column per run; the mean of the last 2% of the reports stands beside."""
+    yield element("tr", element("th"), *(element("th", run.name, colspan=2) for run in runs))
+    yield element("tr", element("th"), *(element("th", name) for _ in runs for name in ("last", "mean of last 2%")))
+    steps = (element("td", f"{run.steps[-1]:,}", colspan=2) for run in runs)
+    yield element("tr", element("td", "steps"), *steps)
+    hours = (element("td", f"{(run.times[-1] - run.times[0]) / 3600:.2f}", colspan=2) for run in runs)
+    yield element("tr", element("td", "hours between first and last report"), *hours)
+    for name in sorted({name for run in runs for name in run.series}):
+        cells = (element("td", value) for run in runs for value in _last_values(run.series.get(name)))
+        yield element("tr", element("td", name), *cells)
 
 
-def _value_cells(series: Series | None) -> str:
-    """Return two table cells: the last value, and the mean of the last 2% of the values."""
+def _last_values(series: Series | None) -> tuple[str, str]:
+    """Return the last value and the mean of the last 2% of the values."""
     if series is None:
-        return "<td></td><td></td>"
+        return "", ""
     tail = series.values[-max(1, int(len(series.values) * _SMOOTHING_SHARE)) :]
-    return f"<td>{_number(series.values[-1])}</td><td>{_number(np.mean(tail))}</td>"
+    return _number(series.values[-1]), _number(np.mean(tail))
 
 
 def _number(value: float) -> str:
@@ -297,32 +269,7 @@ def _number(value: float) -> str:
     return f"{value:.5g}"
 
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Training curves</title>
-<style>
-body {{ font: 15px/1.45 system-ui, sans-serif; color: #222; background: #fff; margin: 2rem auto; max-width: 1500px;
-       padding: 0 1rem }}
-h1 {{ font-size: 1.4rem }} h2 {{ font-size: 1.1rem; margin-top: 2rem }}
-ul {{ list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .3rem 1.5rem }}
-li span {{ display: inline-block; width: 1.4rem; height: .3rem; margin-right: .5rem; vertical-align: middle }}
-.drawings {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(380px, 1fr)); gap: 1rem }}
-.drawings img {{ width: 100% }}
-.scroll {{ overflow-x: auto }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
-th, td {{ padding: .2rem .9rem; text-align: right; border-bottom: 1px solid #e6e6e6 }}
-th:first-child, td:first-child {{ text-align: left }}
-p {{ color: #555 }}
-</style></head><body>
-<h1>Training curves</h1>
-<ul>{legend}</ul>
-<p>Faint: every report. Strong: centred mean over 2% of the reports. Red cross: a value that is not finite.</p>
-<div class="drawings">
-{drawings}
-</div>
-<h2>Final values</h2>
-<div class="scroll"><table>
-{table}
-</table></div>
-</body></html>
+_STYLE = """
+ul { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .3rem 1.5rem }
+li span { display: inline-block; width: 1.4rem; height: .3rem; margin-right: .5rem; vertical-align: middle }
 """

@@ -71,6 +71,26 @@ def test_every_text_survives(text: str):
     assert all(6 < token < tokenizer.vocab_size for token in ids)
 
 
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), min_size=1))
+@settings(max_examples=200, deadline=None)
+def test_surfaces_are_the_text_token_by_token(text: str):
+    tokenizer = survivor()
+    special = tokenizer.special_tokens
+    ids = tokenizer.encode(text)
+    surfaces = tokenizer.surfaces([special.bos, *ids, special.boi])
+    assert len(surfaces) == len(ids) + 2
+    assert surfaces[0] == surfaces[-1] == ""
+    assert "".join(surfaces) == f" {text}"
+
+
+def test_surfaces_of_bytes_that_are_no_character():
+    tokenizer = survivor()
+    e, acute, letter = (*tokenizer.encode("\u00e9")[-2:], tokenizer.encode("a")[-1])
+    assert tokenizer.surfaces([e, acute]) == ["", "\u00e9"]
+    assert tokenizer.surfaces([e, letter])[0] == tokenizer.surfaces([letter, e])[1] == "\ufffd"
+    assert tokenizer.surfaces([acute, e, tokenizer.special_tokens.eos]) == ["\ufffd", "\ufffd", ""]
+
+
 _SURVIVOR: list[Tokenizer] = []
 
 
