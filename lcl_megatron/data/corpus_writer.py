@@ -126,8 +126,7 @@ class CorpusWriter:
                 target.flush()
                 os.fsync(target.fileno())
         self.totals.add(totals)
-        self.inputs.append(info["input"])
-        self._sources.extend({"name": name, "input": len(self.inputs) - 1} for name in info["sources"])
+        self._add_inputs(info)
         with open(self.staging / "inputs.jsonl", "a", encoding="utf-8") as stream:
             stream.write(json.dumps(info | {"totals": None}) + "\n")
             stream.flush()
@@ -208,10 +207,16 @@ class CorpusWriter:
             return False
         self.totals = Totals.from_dict(journal["totals"])
         for line in (self.staging / "inputs.jsonl").read_text(encoding="utf-8").splitlines():
-            info = json.loads(line)
-            self.inputs.append(info["input"])
-            self._sources.extend({"name": name, "input": len(self.inputs) - 1} for name in info["sources"])
+            self._add_inputs(json.loads(line))
         return True
+
+    def _add_inputs(self, info: dict[str, Any]) -> None:
+        """Note inputs and sources of a part: one input, or the several of a merged corpus."""
+        first = len(self.inputs)
+        self.inputs.extend(info.get("inputs") or [info["input"]])
+        of_inputs = info.get("source_inputs") or [0] * len(info["sources"])
+        for name, number in zip(info["sources"], of_inputs, strict=True):
+            self._sources.append({"name": name, "input": first + number})
 
     def _read_column(self, name: str) -> np.ndarray:
         path, dtype = self._growing(name), np.dtype(COLUMNS[name])

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lcl_megatron.data.document import Document, ImageKind, Reject
-from lcl_megatron.data.readers import mmc4 as reader
+from lcl_megatron.data.readers import lines as reader
 from lcl_megatron.data.readers.mmc4 import read_mmc4
 
 
