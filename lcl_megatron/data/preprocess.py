@@ -40,11 +40,12 @@ class PreprocessConfig:
     """What is read, with which tokenizer, and where the corpus goes."""
 
     input: tuple[Path, ...]
-    """MMC4 shards: .jsonl, or .zip of .jsonl. Their order is the order of the corpus."""
+    """Shards of the format. Their order is the order of the corpus."""
     format: str = "mmc4"
     """Format of the shards: see docs/data.md."""
-    image_root: Path
-    """Folder below which the images lie; names that lead out of it are refused."""
+    image_root: Path | None = None
+    """Folder of image files, a tar, or a folder of tars; names that lead out of it are refused. None if the shards
+    bring the images."""
     tokenizer_model: Path
     """SentencePiece model (tools/train_tokenizer.py)."""
     output: Path
@@ -73,7 +74,14 @@ class PreprocessConfig:
         names = input_names(self.input)
         twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
         require(not twice, f"inputs given more than once: {', '.join(twice[:5])}")
-        require(self.image_root.is_dir(), f"image_root = {self.image_root} is not a folder")
+        brings_images = FORMATS[self.format].brings_images
+        require(brings_images == (self.image_root is None), f"image_root = {self.image_root} with format {self.format}")
+        if self.image_root is not None:
+            is_tar = self.image_root.is_file() and self.image_root.name.endswith(".tar")
+            require(
+                self.image_root.is_dir() or is_tar,
+                f"image_root = {self.image_root} is not a folder, and not a .tar file",
+            )
 
 
 @dataclass(frozen=True)
@@ -132,7 +140,7 @@ def preprocess(config: PreprocessConfig, report: Callable[[str], None] = lambda 
 def write_part(config: PreprocessConfig, shard: Path, name: str, folder: Path) -> Path:
     """Read one shard and write its part; returns ``folder``. Runs in a worker process."""
     tokenizer = Tokenizer.load(config.tokenizer_model)
-    images = open_image_store(config.image_root, config.max_image_bytes)
+    images = None if config.image_root is None else open_image_store(config.image_root, config.max_image_bytes)
     source = {"name": name, "bytes": shard.stat().st_size}
     with PartWriter(folder, tokenizer.vocab_size, source) as part:
         for item in FORMATS[config.format].read(shard, name):
@@ -173,12 +181,16 @@ def training_texts(inputs: Sequence[Path], max_texts: int) -> Iterator[str]:
             raise ConfigError(f"{path} is neither .jsonl, .jsonl.zip nor .txt")
 
 
-def _store(document: Document, tokenizer: Tokenizer, images: ImageStore, max_pixels: int, part: PartWriter) -> None:
+def _store(
+    document: Document, tokenizer: Tokenizer, images: ImageStore | None, max_pixels: int, part: PartWriter
+) -> None:
     """Tokenize a document, read its images, and write what is usable."""
     stored = []
     for image in document.images:
         try:
-            data = images.read(image.name) if image.data is None else image.data
+            data = image.data if images is None else images.read(image.name)
+            if data is None:
+                raise ImageFileError("missing file", "the record brings no image")
             width, height = probe_image(data, max_pixels)
         except ImageFileError as error:
             part.reject(Reject(document.source, error.reason, error.detail, image.number, image.name))
@@ -235,7 +247,8 @@ def _settings(config: PreprocessConfig) -> str:
                 [name, stat.st_size, stat.st_mtime_ns]
                 for name, stat in zip(input_names(config.input), stats, strict=True)
             ],
-            "image_root": os.path.abspath(config.image_root),
+            "format": config.format,
+            "image_root": config.image_root and os.path.abspath(config.image_root),
             "limits": [config.max_image_pixels, config.max_image_bytes],
         }
     )

@@ -10,6 +10,7 @@ import gzip
 import tarfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, cast
@@ -34,14 +35,21 @@ class TarMember:
     """Where its bytes begin, in the uncompressed archive."""
     problem: str
     """Why it is no plain file: ``a symbolic link``, ``a device``; empty if it is one."""
+    _path: Path = field(repr=False)
     _archive: tarfile.TarFile = field(repr=False)
     _info: tarfile.TarInfo = field(repr=False)
 
     def read(self) -> bytes:
-        """Return the bytes of a plain file; possible until the next member is asked for."""
+        """Return the bytes of a plain file; possible until the next member is asked for.
+
+        Raises:
+            ValueError: If it is no plain file.
+            OSError: If the archive cannot be read, or is damaged.
+        """
         if self.problem:
             raise ValueError(f"{self.name} is {self.problem}; only plain files are read")
-        return cast(IO[bytes], self._archive.extractfile(self._info)).read()
+        with _naming(self._path):
+            return cast(IO[bytes], self._archive.extractfile(self._info)).read()
 
 
 def tar_members(path: Path) -> Iterator[TarMember]:
@@ -50,17 +58,14 @@ def tar_members(path: Path) -> Iterator[TarMember]:
     Raises:
         OSError: If the file cannot be read, or is damaged, or ends without an end mark.
     """
-    try:
-        with _open(path) as stream, _Archive(stream) as archive:
-            while (info := archive.next()) is not None:
-                # The archive would keep every header that it has met.
-                archive.members = []  # type: ignore[attr-defined]
-                if not info.isdir():
-                    yield TarMember(info.name, info.size, info.offset_data, _problem(info), archive, info)
-            if not archive.ended:
-                raise _damaged(path, "it ends without an end mark: it was cut short")
-    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise _damaged(path, str(error)) from error
+    with _naming(path), _open(path) as stream, _Archive(stream) as archive:
+        while (info := archive.next()) is not None:
+            # The archive would keep every header that it has met.
+            archive.members = []  # type: ignore[attr-defined]
+            if not info.isdir():
+                yield TarMember(info.name, info.size, info.offset_data, _problem(info), path, archive, info)
+        if not archive.ended:
+            raise tarfile.ReadError("it ends without an end mark: it was cut short")
 
 
 class _Archive(tarfile.TarFile):
@@ -117,5 +122,10 @@ def _problem(info: tarfile.TarInfo) -> str:
     return KINDS.get(info.type, "a sparse file" if info.issparse() else "a device or another special file")
 
 
-def _damaged(path: Path, what: str) -> OSError:
-    return OSError(f"{path} is a damaged tar file ({what}); fetch it again or leave it out")
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn errors of damaged archives into an ``OSError`` that says which and what to do."""
+    try:
+        yield
+    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise OSError(f"{path} is a damaged tar file ({error}); fetch it again or leave it out") from error

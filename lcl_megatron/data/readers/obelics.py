@@ -59,7 +59,8 @@ def _rows(shard: Path) -> Iterator[dict[str, Any]]:
         ) from error
     binaries = {"images": pa.list_(pa.binary()), "texts": pa.list_(pa.binary()), "metadata": pa.binary()}
     try:
-        with pq.ParquetFile(shard, buffer_size=READ_BYTES) as file:
+        # Pre-buffering would hold whole columns of a row group, which may be all of the file.
+        with pq.ParquetFile(shard, buffer_size=READ_BYTES, pre_buffer=False) as file:
             found = {field.name: field.type for field in file.schema_arrow}
             columns = [column for column in binaries if column in found]
             strings = [column for column in columns if _holds_strings(pa, found[column], column != "metadata")]
@@ -77,7 +78,8 @@ def _rows(shard: Path) -> Iterator[dict[str, Any]]:
         # pyarrow raises OSError for damaged pages too, then without an error number.
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise OSError(f"{shard} is a damaged parquet file ({error}); fetch it again or leave it out") from error
+        what = " ".join(str(error).split())
+        raise OSError(f"{shard} is a damaged parquet file ({what}); fetch it again or leave it out") from error
 
 
 def _holds_strings(pa: Any, kind: Any, in_list: bool) -> bool:

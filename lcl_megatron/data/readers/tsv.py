@@ -144,7 +144,12 @@ def _texts(lines: Iterator[Line], pending: deque[Line], taken: list[Line]) -> It
         if line is None:
             return
         taken.append(line)
-        yield decode(line.raw(), "the line")
+        try:
+            yield decode(line.raw(), "the line")
+        except RecordError:
+            if len(taken) == 1:
+                raise
+            return  # the quote is still open: the first line is at fault, and this one is judged for itself
 
 
 def _header(line: Line) -> Header | None:
