@@ -86,7 +86,8 @@ class TarIndex:
 def open_tar_index(tars: Sequence[Path], folder: Path) -> TarIndex:
     """Return the index of some tars, after building it if there is none or a tar has changed.
 
-    Several processes may ask at the same time: one builds, the others wait.
+    Several processes may ask at the same time: they share the tars among them, and one joins the results. What was
+    done before an interruption is not done again.
 
     Args:
         tars: Plain tar files.
@@ -100,10 +101,19 @@ def open_tar_index(tars: Sequence[Path], folder: Path) -> TarIndex:
     key = hashlib.sha256(json.dumps([VERSION, listing]).encode("utf-8")).hexdigest()[:16]
     if (folder / key).is_dir():
         return TarIndex(folder / key)
-    with _locked(folder) as place:
-        if not (place / key).is_dir():
-            _build(tars, listing, place, key)
-        return TarIndex(place / key)
+    folder = _writable(folder)
+    index, pieces = folder / key, folder / f"pieces-{key}"
+    try:
+        if not index.is_dir():
+            _write_pieces(tars, pieces)
+            with _locked(folder / "lock"):
+                if not index.is_dir():
+                    _join_pieces(len(tars), pieces, index, {"version": VERSION, "tars": listing})
+    except FileNotFoundError:
+        # Another process has joined the pieces and tidied up.
+        if not index.is_dir():
+            raise
+    return TarIndex(index)
 
 
 def hash_name(name: str) -> tuple[int, int]:
@@ -113,39 +123,75 @@ def hash_name(name: str) -> tuple[int, int]:
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[Path]:
-    """Make and lock ``folder``, or one in the user's cache if that is impossible; yields the one that was locked."""
+def _writable(folder: Path) -> Path:
+    """Return ``folder`` after making it, or one in the user's cache if it cannot be made or written."""
     try:
         folder.mkdir(exist_ok=True)
-        lock = open(folder / "lock", "wb")
+        open(folder / "lock", "ab").close()
     except OSError:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         name = hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:16]
         folder = cache / "lcl_megatron" / "tar_index" / name
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "wb")
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield folder
+    return folder
 
 
-def _build(tars: Sequence[Path], listing: list[list[Any]], folder: Path, key: str) -> None:
-    """Write the index ``folder/key``, and delete all others in the folder: their tars have changed."""
-    old = [path for path in folder.iterdir() if path.is_dir()]
-    staging = Path(tempfile.mkdtemp(prefix="building-", dir=folder))
+@contextmanager
+def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock file; yields whether it is held, which it always is after waiting."""
+    with open(path, "ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        except BlockingIOError:
+            held = False
+        yield held
+
+
+def _write_pieces(tars: Sequence[Path], folder: Path) -> None:
+    """Write the entries of every tar to a file of its own, together with all other processes that do the same."""
+    folder.mkdir(exist_ok=True)
+    # Every process begins elsewhere; the second round waits for the tars that others had in hand in the first.
+    start = int.from_bytes(os.urandom(4), "little") % len(tars)
+    for wait in (False, True):
+        for number in (*range(start, len(tars)), *range(start)):
+            piece = folder / f"{number:08d}"
+            if piece.exists():
+                continue
+            with _locked(piece.with_suffix(".lock"), wait) as held:
+                if held and not piece.exists():
+                    _write_piece(tars[number], number, piece)
+
+
+def _write_piece(tar: Path, number: int, piece: Path) -> None:
+    temporary = piece.with_suffix(".tmp")
+    with open(temporary, "wb") as stream:
+        entries = _entries(tar, number)
+        while chunk := list(itertools.islice(entries, CHUNK_ENTRIES)):
+            stream.write(np.array(chunk, dtype=ENTRY).tobytes())
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.rename(temporary, piece)
+
+
+def _join_pieces(count: int, pieces: Path, index: Path, manifest: dict[str, Any]) -> None:
+    """Sort the entries of all tars into the folder ``index``, and delete what else lies beside it.
+
+    Those are the pieces, what was left by processes that were killed, and indices of tars that have changed.
+    """
+    others = [path for path in index.parent.iterdir() if path.is_dir()]
+    staging = Path(tempfile.mkdtemp(prefix="building-", dir=index.parent))
     buckets = [open(staging / f"bucket{number}", "wb") for number in range(BUCKETS)]
     try:
-        for number, tar in enumerate(tars):
-            found = _entries(tar, number)
-            while chunk := list(itertools.islice(found, CHUNK_ENTRIES)):
-                entries = np.array(chunk, dtype=ENTRY)
-                bucket_of = entries["high"] >> np.uint64(56)
-                for bucket in np.unique(bucket_of):
-                    buckets[int(bucket)].write(entries[bucket_of == bucket].tobytes())
+        for number in range(count):
+            with open(pieces / f"{number:08d}", "rb") as piece:
+                while len(entries := np.fromfile(piece, ENTRY, CHUNK_ENTRIES)):
+                    bucket_of = entries["high"] >> np.uint64(56)
+                    for bucket in np.unique(bucket_of):
+                        buckets[int(bucket)].write(entries[bucket_of == bucket].tobytes())
     finally:
-        for stream in buckets:
-            stream.close()
+        for bucket_stream in buckets:
+            bucket_stream.close()
     total = 0
     with open(staging / "keys.bin", "wb") as keys, open(staging / "places.bin", "wb") as places:
         for number in range(BUCKETS):
@@ -158,10 +204,9 @@ def _build(tars: Sequence[Path], listing: list[list[Any]], folder: Path, key: st
         for stream in (keys, places):
             stream.flush()
             os.fsync(stream.fileno())
-    manifest = {"version": VERSION, "entries": total, "tars": listing}
-    (staging / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    os.rename(staging, folder / key)
-    for path in old:
+    (staging / "manifest.json").write_text(json.dumps(manifest | {"entries": total}), encoding="utf-8")
+    os.rename(staging, index)
+    for path in others:
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -43,7 +43,7 @@ class Mmc4Folder:
         return buffer.getvalue()
 
     def add_shard(self, name: str, lines: Iterable[dict[str, Any] | bytes]) -> Path:
-        """Write a shard of records or raw lines; a name that ends in .zip makes a zip of one member, one in .gz a gzip file."""
+        """Write a shard of records or raw lines; its name decides between a zip of one member, gzip and plain."""
         raw = b"".join((line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n" for line in lines)
         path = self.path / name
         if path.suffix == ".zip":
