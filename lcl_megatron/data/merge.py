@@ -137,6 +137,8 @@ def _link_part(corpus: Corpus, prefix: str, folder: Path) -> Path:
         "totals": vars(_totals(corpus.manifest)),
     }
     (staging / "part.json").write_text(json.dumps(part, ensure_ascii=False), encoding="utf-8")
+    # One may be left of a merge that ended while it was being appended.
+    shutil.rmtree(folder, ignore_errors=True)
     os.rename(staging, folder)
     return folder
 

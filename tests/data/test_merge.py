@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -142,6 +145,29 @@ def test_an_interrupted_merge_goes_on_with_the_next_corpus(mmc4, shards, tokeniz
     images.write_bytes(good)
     whole = merge_corpora(MergeConfig(input=inputs, output=tmp_path / "again"))
     assert contents(merged) == contents(whole)
+
+
+@pytest.mark.parametrize("copies", range(0, 40, 7))
+def test_a_merge_that_ends_anywhere_comes_to_the_same(mmc4, shards, tokenizer_path, tmp_path, monkeypatch, copies: int):
+    inputs = tuple(tmp_path / f"corpus{number}" for number in range(2))
+    for folder, group in zip(inputs, ([0, 1], [2, 3, 4]), strict=True):
+        make(mmc4, [shards[number] for number in group], tokenizer_path, folder)
+    whole = merge_corpora(MergeConfig(input=inputs, output=tmp_path / "whole"))
+    copy, left = shutil.copyfileobj, [copies]
+
+    def disk_full(*arguments: object) -> None:
+        if left[0] == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        left[0] -= 1
+        copy(*arguments)
+
+    config = MergeConfig(input=inputs, output=tmp_path / "merged")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfileobj", disk_full)
+        with pytest.raises(OSError, match="No space left"):
+            merge_corpora(config)
+    assert not (tmp_path / "merged").exists()
+    assert contents(merge_corpora(config)) == contents(whole)
 
 
 def test_a_damaged_input_gets_no_new_checksums(mmc4, shards, tokenizer_path, tmp_path):

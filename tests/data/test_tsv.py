@@ -192,6 +192,27 @@ def test_a_quote_that_is_never_closed_does_not_swallow_the_file(tmp_path, monkey
     assert texts == [*(f"b{n}" for n in range(10)), "c\nd"]
 
 
+LINE = st.text('a.jpg\t",#0 \u00e9', max_size=12).map(str.encode) | st.binary(max_size=12)
+
+
+@given(st.lists(LINE.map(lambda line: line.replace(b"\n", b"")), max_size=8), st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_every_line_is_a_document_or_a_reject(tmp_path_factory, lines: list[bytes], header: bool):
+    """With a header, one record may take several lines; none is left out, and each begins where one begins."""
+    lines = [b"filepath\ttitle", *lines] if header else lines
+    path = write(tmp_path_factory.mktemp("fuzz") / "t.tsv", b"\n".join(lines))
+    format = "tsv" if header else "tsv-image-caption"
+    items = [i for i in FORMATS[format].read(path, "t.tsv") if isinstance(i, Document) or i.image_number is None]
+    filled = [number for number, line in enumerate(lines, start=1) if line.strip()][header:]
+    found = [item.source.line for item in items]
+    if header:
+        assert found == sorted(set(found))
+        assert set(found) <= set(filled)
+        assert found[:1] == filled[:1]
+    else:
+        assert found == filled
+
+
 def test_every_file_of_a_zip_has_its_own_layout(tmp_path):
     path = tmp_path / "t.zip"
     with zipfile.ZipFile(path, "w") as archive:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import tarfile
 
@@ -128,6 +129,23 @@ def test_a_file_of_no_sample_does_not_end_the_sample_around_it(tmp_path, stray: 
     assert isinstance(reject, Reject)
     assert str(reject) == f"0.tar:2: no sample: '{stray}' has no key and extension"
     assert described(document)[:2] == ("0.tar:1", "A cat.")
+
+
+JUNK = st.binary(max_size=20) | st.sampled_from([b"{}", b'{"caption": "a"}', b'{"similarity": 2}', b"A cat."])
+MEMBER = st.tuples(
+    st.sampled_from(["a", "b", "d/a", "../a", "/a", "a b"]),
+    st.sampled_from(["jpg", "png", "txt", "json", "cls", "JSON", "x.jpg"]),
+    JUNK,
+)
+
+
+@given(st.lists(MEMBER, max_size=12))
+@settings(max_examples=150, deadline=None)
+def test_every_sample_is_a_document_or_a_reject(tmp_path_factory, members: list[tuple[str, str, bytes]]):
+    path = write_tar(tmp_path_factory.mktemp("fuzz") / "s.tar", [(f"{k}.{e}", data) for k, e, data in members])
+    items = [item for item in read_webdataset(path) if isinstance(item, Document) or item.image_number is None]
+    samples = [key for key, _ in itertools.groupby(key for key, _, _ in members)]
+    assert [item.source.line for item in items] == list(range(1, len(samples) + 1))
 
 
 def test_members_that_are_too_large_are_not_read(tmp_path, monkeypatch: pytest.MonkeyPatch):
