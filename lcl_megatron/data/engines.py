@@ -77,13 +77,15 @@ class LocalProcesses:
             try:
                 return future.result()
             except BrokenProcessPool as error:
-                raise worker_died(task) from error
+                raise worker_died() from error
 
         return wait
 
 
 class RayCluster:
     """Encodes shards as tasks of a Ray cluster, all of whose machines see the same files under the same names.
+
+    A program that has already joined a cluster stays in it.
 
     Args:
         num_workers: CPUs of the cluster that is started where no address is given.
@@ -95,6 +97,12 @@ class RayCluster:
 
     def __init__(self, num_workers: int, address: str) -> None:
         self._ray = import_ray()
+        self._joined_before = self._ray.is_initialized()
+        if not self._joined_before:
+            self._join(num_workers, address)
+        self._write_part = self._ray.remote(num_cpus=1, max_retries=1)(write_part)
+
+    def _join(self, num_workers: int, address: str) -> None:
         options: dict[str, Any] = {"address": address} if address else {"address": "local", "num_cpus": num_workers}
         if not address:
             options["include_dashboard"] = False
@@ -105,13 +113,13 @@ class RayCluster:
                 f"cannot join the Ray cluster {address or 'of this machine'}: {error}; is --ray-address right, and "
                 "did `ray start` run there?"
             ) from error
-        self._write_part = self._ray.remote(num_cpus=1, max_retries=1)(write_part)
 
     def __enter__(self) -> RayCluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ray.shutdown()
+        if not self._joined_before:
+            self._ray.shutdown()
 
     def submit(self, task: ShardTask) -> Callable[[], Path]:
         """Queue a shard."""
@@ -123,7 +131,7 @@ class RayCluster:
             except self._ray.exceptions.RayTaskError as error:
                 raise error.cause from error
             except self._ray.exceptions.RayError as error:
-                raise worker_died(task) from error
+                raise worker_died() from error
 
         return wait
 
@@ -184,9 +192,9 @@ def import_ray() -> Any:
     return ray
 
 
-def worker_died(task: ShardTask) -> ChildProcessError:
-    """Return the error to raise when the worker of a task is gone."""
+def worker_died() -> ChildProcessError:
+    """Return the error to raise when a worker is gone; which shard it had is not known."""
     return ChildProcessError(
-        f"a worker process ended while {task.name} was to be encoded (killed, perhaps for want of memory); "
-        "finished shards are kept: run the same command again, with fewer workers if it was the memory"
+        "a worker process ended before its shard was encoded (killed, perhaps for want of memory); finished shards "
+        "are kept: run the same command again, with fewer workers if it was the memory"
     )

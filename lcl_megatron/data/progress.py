@@ -201,7 +201,8 @@ class Progress:
 
     def _show_until_stopped(self) -> None:
         while not self._stop.wait(TERMINAL_SECONDS if self._is_terminal else LOG_SECONDS):
-            self._show(self.line())
+            if self._shards:
+                self._show(self.line())
 
     def _show(self, line: str) -> None:
         if self._stream is None:
