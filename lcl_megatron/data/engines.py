@@ -34,7 +34,7 @@ class Engine(Protocol):
         """Begin with a shard, or put it in a queue; returns a function that waits for the part.
 
         Raises:
-            OSError: (the returned function) if a worker died, or the shard or the disk failed.
+            OSError: (the returned function, too) if a worker died, or the shard or the disk failed.
         """
         ...
 
@@ -71,7 +71,10 @@ class LocalProcesses:
 
     def submit(self, task: ShardTask) -> Callable[[], Path]:
         """Queue a shard."""
-        future = self._pool.submit(write_part, task)
+        try:
+            future = self._pool.submit(write_part, task)
+        except (BrokenProcessPool, BrokenPipeError) as error:
+            raise worker_died() from error
 
         def wait() -> Path:
             try:

@@ -16,6 +16,7 @@ from lcl_megatron.data.preprocess_config import PreprocessConfig
 from lcl_megatron.data.progress import ShardReport, report_path
 from lcl_megatron.data.readers.formats import FORMATS
 from lcl_megatron.data.tokenizer import Tokenizer
+from lcl_megatron.data.word_tokens import WordTokens
 
 BATCH_TEXTS = 1024
 """Texts that are tokenized in one call, at least, unless the shard ends."""
@@ -47,12 +48,12 @@ def write_part(task: ShardTask) -> Path:
     if task.part.exists():
         return task.part
     config, shard = task.config, task.config.input[0]
-    tokenizer = load_tokenizer(config.tokenizer_model, task.tokenizer_fingerprint)
+    tokenizer, tokens = load_tokenizer(config.tokenizer_model, task.tokenizer_fingerprint)
     store = open_image_store(config.image_root, config.max_image_bytes) if config.image_root is not None else None
     report = ShardReport(report_path(task.part), shard)
     source = {"name": task.name, "bytes": shard.stat().st_size}
     with PartWriter(task.part, tokenizer.vocab_size, source) as part:
-        encoder = DocumentEncoder(tokenizer, store, config.image_rules, part)
+        encoder = DocumentEncoder(tokens, store, config.image_rules, part)
         for item in FORMATS[config.format].read(shard, task.name):
             if isinstance(item, Reject):
                 part.reject(item)
@@ -67,7 +68,7 @@ def write_part(task: ShardTask) -> Path:
 class DocumentEncoder:
     """Turns documents into encoded ones, and tokenizes many at a time."""
 
-    tokenizer: Tokenizer
+    tokens: WordTokens
     """Makes the tokens."""
     store: ImageStore | None
     """Where images lie that records only name; None if all bring their bytes."""
@@ -100,7 +101,7 @@ class DocumentEncoder:
     def flush(self) -> None:
         """Tokenize and write all documents that wait."""
         texts = [segment.text for document, _ in self._waiting for segment in document.segments]
-        encoded = iter(self.tokenizer.encode_batch(texts))
+        encoded = iter(self.tokens.encode_batch(texts))
         for document, stored in self._waiting:
             segments = [next(encoded) for _ in document.segments]
             self.part.add(EncodedDocument(segments, stored, document.source))
@@ -114,8 +115,8 @@ class DocumentEncoder:
 
 
 @lru_cache(maxsize=1)
-def load_tokenizer(model: Path, fingerprint: str) -> Tokenizer:
-    """Return the tokenizer, loaded once for each process.
+def load_tokenizer(model: Path, fingerprint: str) -> tuple[Tokenizer, WordTokens]:
+    """Return the tokenizer, loaded once for each process, and the words that it has met there.
 
     Raises:
         ConfigError: If it is not the one with that fingerprint: parts of two tokenizers must not meet in a corpus.
@@ -126,4 +127,4 @@ def load_tokenizer(model: Path, fingerprint: str) -> Tokenizer:
             f"{model} has changed while it was in use: fingerprint {tokenizer.fingerprint[:16]}, expected "
             f"{fingerprint[:16]}; run the same command again"
         )
-    return tokenizer
+    return tokenizer, WordTokens(tokenizer)
