@@ -132,9 +132,10 @@ class Attempts:
             shutil.copytree(old, output)
         allowed = [clean] if old is None else [clean, hashes(old)]
         for kill in range(max_kills + 1):
-            process = start(self.config(output, self.random.randint(1, 3), old is not None), self.log)
+            workers = self.random.randint(1, 3)
+            process = start(self.config(output, workers, old is not None), self.log)
             if kill < max_kills:
-                target = self.wait_and_kill(process, output)
+                target = self.wait_and_kill(process, output, 0.7 * self.seconds[workers])
             status = os.waitpid(process, 0)[1]
             if kill == max_kills or not target:
                 self.check_status(status, killed=False)
@@ -144,14 +145,14 @@ class Attempts:
             self.moments[moment(output)] += 1
             self.check_status(status, killed=True)
             self.torn += self.is_torn(output, allowed, old is not None)
-            if not os.WIFSIGNALED(status) and os.WEXITSTATUS(status) == 0:
-                break
-        left = [path.name for path in output.parent.glob(f".{output.name}.*")]
+            if output.exists() and hashes(output) == clean and not staging(output).exists():
+                break  # the kill came after all work
+        left = [path.name for path in output.parent.glob(f".{output.name}.*") if path.suffix != ".done"]
         return hashes(output) == clean and not left
 
-    def wait_and_kill(self, process: int, output: Path) -> str:
+    def wait_and_kill(self, process: int, output: Path, longest: float) -> str:
         """Wait for a random moment and kill; returns whom, or nothing if the run had ended before."""
-        deadline = time.monotonic() + self.random.uniform(0, max(self.seconds.values()))
+        deadline = time.monotonic() + self.random.uniform(0, longest)
         commit, pause = self.random.random() < 0.3, self.random.uniform(0, 0.1)
         target = self.random.choice(TARGETS)
         while os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
@@ -213,17 +214,26 @@ def victim(run: psutil.Process, target: str, rng: random.Random) -> tuple[str, i
     return "parent", run.pid
 
 
+def staging(output: Path) -> Path:
+    """Return where a corpus is while it is made."""
+    return output.with_name(f".{output.name}.partial")
+
+
 def is_committing(output: Path) -> bool:
     """Return whether a run has begun to complete its corpus."""
-    return (output.with_name(f".{output.name}.partial") / "corpus" / "tokens.idx").exists()
+    return (staging(output) / "corpus" / "tokens.idx").exists()
 
 
 def moment(output: Path) -> str:
     """Return what a killed run was doing, from what it has left."""
-    staging = output.with_name(f".{output.name}.partial")
-    if not (staging / "corpus").exists() or is_committing(output):
-        return "commit" if (staging / "journal.json").exists() or not staging.exists() else "start"
-    return "work" if any((staging / "parts").glob("*")) or os.path.getsize(staging / "inputs.jsonl") else "start"
+    partial = staging(output)
+    if is_committing(output) or (not partial.exists() and output.exists()):
+        return "commit"
+    if not (partial / "journal.json").exists():
+        return "start"
+    if not (partial / "corpus").exists():
+        return "commit"
+    return "work" if any((partial / "parts").iterdir()) or (partial / "inputs.jsonl").stat().st_size else "start"
 
 
 def main() -> None:

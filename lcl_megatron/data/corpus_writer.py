@@ -72,7 +72,7 @@ class CorpusWriter:
         tokenizer: Tokenizer that made the tokens.
         settings: Whatever else decides the content. Left-over work of a writer with other settings is discarded.
         overwrite: Replace a corpus that is already there.
-        recipe: How images were made; stands in the manifest.
+        image_processing: How images were judged and made; stands in the manifest.
 
     Raises:
         ConfigError: If ``path`` exists and may not be replaced, or another process is writing it.
@@ -84,7 +84,7 @@ class CorpusWriter:
         tokenizer: Tokenizer,
         settings: str = "",
         overwrite: bool = False,
-        recipe: dict[str, Any] | None = None,
+        image_processing: dict[str, Any] | None = None,
     ) -> None:
         self.path = Path(os.path.abspath(path))
         self.staging = self.path.with_name(f".{self.path.name}.partial")
@@ -96,8 +96,8 @@ class CorpusWriter:
         self.published = False
         """Whether the corpus is already in its place: an earlier run ended between publishing and tidying up."""
         self._tokenizer = tokenizer
-        self._recipe = recipe or {}
-        self._settings = f"{FORMAT_VERSION} {tokenizer.fingerprint} {json.dumps(self._recipe)} {settings}"
+        self._image_processing = image_processing or {}
+        self._settings = f"{FORMAT_VERSION} {tokenizer.fingerprint} {json.dumps(self._image_processing)} {settings}"
         self._key = hashlib.sha256(self._settings.encode("utf-8")).hexdigest()[:16]
         self._overwrite = overwrite
         self._replaced = self.path.with_name(f".{self.path.name}.replaced")
@@ -105,7 +105,10 @@ class CorpusWriter:
         self._columns = self.staging / "columns"
         self._corpus = self.staging / "corpus"
         self._parts = self.staging / "parts"
+        self._done = self.path.with_name(f".{self.path.name}.done")
         self._lock: BinaryIO | None = None
+        # Left by a writer that was killed with all work done; here, because the check may well end this one.
+        shutil.rmtree(self._done, ignore_errors=True)
         self._check_replaceable()
 
     def __enter__(self) -> CorpusWriter:
@@ -156,8 +159,7 @@ class CorpusWriter:
                 target.flush()
                 os.fsync(target.fileno())
         self.totals.add(totals)
-        self.inputs.append(info["input"])
-        self._sources.extend({"name": name, "input": len(self.inputs) - 1} for name in info["sources"])
+        self._add_inputs(info)
         with open(self.staging / "inputs.jsonl", "a", encoding="utf-8") as stream:
             stream.write(json.dumps(info | {"totals": None}) + "\n")
             stream.flush()
@@ -271,10 +273,16 @@ class CorpusWriter:
                 os.truncate(path, size)
         self.totals = Totals.from_dict(journal["totals"])
         for line in (self.staging / "inputs.jsonl").read_text(encoding="utf-8").splitlines():
-            info = json.loads(line)
-            self.inputs.append(info["input"])
-            self._sources.extend({"name": name, "input": len(self.inputs) - 1} for name in info["sources"])
+            self._add_inputs(json.loads(line))
         return True
+
+    def _add_inputs(self, info: dict[str, Any]) -> None:
+        """Note inputs and sources of a part: one input, or the several of a merged corpus."""
+        first = len(self.inputs)
+        self.inputs.extend(info.get("inputs") or [info["input"]])
+        of_inputs = info.get("source_inputs") or [0] * len(info["sources"])
+        for name, number in zip(info["sources"], of_inputs, strict=True):
+            self._sources.append({"name": name, "input": first + number})
 
     def _read_column(self, name: str) -> np.ndarray:
         path, dtype = self._growing(name), np.dtype(COLUMNS[name])
@@ -307,7 +315,7 @@ class CorpusWriter:
                 "special_tokens": vars(self._tokenizer.special_tokens),
                 "token_range": [totals.min_token, totals.max_token],
             },
-            "image_processing": self._recipe,
+            "image_processing": self._image_processing,
             "counts": {
                 "documents": totals.documents,
                 "segments": totals.segments,
@@ -316,6 +324,7 @@ class CorpusWriter:
                 "duplicate_images": count_duplicates(self._read_column("image_hash")),
                 "tokens": totals.tokens,
                 "image_bytes": totals.image_bytes,
+                "source_image_bytes": totals.source_image_bytes,
             },
             "document_lengths": _sorted_counts(totals.document_lengths),
             "document_images": _sorted_counts(totals.document_images),
@@ -339,10 +348,9 @@ class CorpusWriter:
         # Errors are ignored: the corpus is there, and a worker that is given up but still runs may add files.
         shutil.rmtree(self._replaced, ignore_errors=True)
         # In one step, so that no half of this folder is ever taken for work to go on with.
-        done = self.path.with_name(f".{self.path.name}.done")
-        shutil.rmtree(done, ignore_errors=True)
-        os.rename(self.staging, done)
-        shutil.rmtree(done, ignore_errors=True)
+        shutil.rmtree(self._done, ignore_errors=True)
+        os.rename(self.staging, self._done)
+        shutil.rmtree(self._done, ignore_errors=True)
 
 
 def count_duplicates(hashes: np.ndarray) -> int:

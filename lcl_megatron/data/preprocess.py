@@ -16,6 +16,7 @@ from lcl_megatron.data.corpus import Corpus
 from lcl_megatron.data.corpus_part import Totals
 from lcl_megatron.data.corpus_writer import CorpusWriter
 from lcl_megatron.data.engines import make_engine, parts_in_order
+from lcl_megatron.data.image_store import open_image_store
 from lcl_megatron.data.preprocess_config import PreprocessConfig, input_names
 from lcl_megatron.data.progress import Counters, Progress
 from lcl_megatron.data.shard_encoder import ShardTask
@@ -69,20 +70,29 @@ def preprocess(config: PreprocessConfig, progress: Progress | None = None) -> Pr
     """
     tokenizer = Tokenizer.load(config.tokenizer_model)
     sizes = [path.stat().st_size for path in config.input]
+    settings, image_processing = _settings(config), _image_processing(config)
     with (
         progress or Progress() as shown,
-        CorpusWriter(config.output, tokenizer, _settings(config), config.overwrite, _recipe(config)) as writer,
+        CorpusWriter(config.output, tokenizer, settings, config.overwrite, image_processing) as writer,
     ):
         shown.begin(sizes, len(writer.inputs))
         if len(writer.inputs) < len(config.input):
-            with make_engine(config) as engine:
-                tasks = _tasks(config, tokenizer, writer)
-                for part in parts_in_order(engine, tasks, config.num_workers, shown.shard_started):
-                    totals = writer.append(part)
-                    shown.shard_finished(part, Counters.of(totals, writer.inputs[-1]["bytes"]))
-                    _check_rejected(config, writer.totals, last=False)
+            _encode_shards(config, tokenizer, writer, shown)
         _check_rejected(config, writer.totals, last=True)
         return PreprocessSummary(writer.commit(), writer.totals)
+
+
+def _encode_shards(config: PreprocessConfig, tokenizer: Tokenizer, writer: CorpusWriter, shown: Progress) -> None:
+    """Append the parts of all shards that are not done."""
+    if config.image_root is not None:
+        # Before any worker does: a store that cannot be opened is found at once, and an index is made by one process.
+        open_image_store(config.image_root, config.max_image_bytes)
+    with make_engine(config) as engine:
+        tasks = _tasks(config, tokenizer, writer)
+        for part in parts_in_order(engine, tasks, config.num_workers, shown.shard_started):
+            totals = writer.append(part)
+            shown.shard_finished(part, Counters.of(totals, writer.inputs[-1]["bytes"]))
+            _check_rejected(config, writer.totals, last=False)
 
 
 def _tasks(config: PreprocessConfig, tokenizer: Tokenizer, writer: CorpusWriter) -> Iterator[ShardTask]:
@@ -110,7 +120,7 @@ def _settings(config: PreprocessConfig) -> str:
     )
 
 
-def _recipe(config: PreprocessConfig) -> dict[str, object]:
+def _image_processing(config: PreprocessConfig) -> dict[str, object]:
     """Return how images were made, as the manifest says it."""
     resized = config.resize_short_side > 0
     return {

@@ -22,7 +22,8 @@ class PreprocessConfig:
     format: str = "mmc4"
     """Format of the shards: see docs/data.md."""
     image_root: Path | None = None
-    """Folder below which the images lie; names that lead out of it are refused. None if the shards bring the images."""
+    """Folder of image files, a tar, or a folder of tars; names that lead out of it are refused. None if the shards
+    bring the images."""
     tokenizer_model: Path
     """SentencePiece model (tools/train_tokenizer.py)."""
     output: Path
@@ -96,8 +97,9 @@ class PreprocessConfig:
                 f"image_root is not given; shards of format {self.format} name images that lie elsewhere: "
                 "give --image-root FOLDER",
             )
-            is_folder = self.image_root is None or self.image_root.is_dir()
-            require(is_folder, f"image_root = {self.image_root} is not a folder")
+            root = self.image_root
+            fits = root is None or root.is_dir() or (root.is_file() and root.name.endswith(".tar"))
+            require(fits, f"image_root = {root} is not a folder, and not a .tar file")
 
 
 def input_names(inputs: Sequence[Path]) -> list[str]:

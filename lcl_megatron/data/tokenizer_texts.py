@@ -12,7 +12,7 @@ from lcl_megatron.data.readers.formats import FORMATS
 
 
 def training_texts(inputs: Sequence[Path], max_texts: int, format: str = "mmc4") -> Iterator[str]:
-    """Yield the text segments of shards, and the lines of ``.txt`` files.
+    """Yield the text segments of shards, and the lines of ``.txt`` files unless these are shards themselves.
 
     Args:
         inputs: Shards and text files.
@@ -27,12 +27,12 @@ def training_texts(inputs: Sequence[Path], max_texts: int, format: str = "mmc4")
     each = -(-max_texts // len(inputs))
     suffixes = FORMATS[format].suffixes
     for path in inputs:
-        if path.suffix == ".txt":
-            with open(path, encoding="utf-8", errors="replace") as stream:
-                yield from itertools.islice((line.strip() for line in stream), each)
-        elif path.name.endswith(suffixes):
+        if path.name.endswith(suffixes):
             documents = (item for item in FORMATS[format].read(path, path.name) if isinstance(item, Document))
             texts = (segment.text for document in documents for segment in document.segments)
             yield from itertools.islice(texts, each)
+        elif path.suffix == ".txt":
+            with open(path, encoding="utf-8", errors="replace") as stream:
+                yield from itertools.islice((line.strip() for line in stream), each)
         else:
-            raise ConfigError(f"{path} is neither .txt nor of format {format} ({', '.join(suffixes)})")
+            raise ConfigError(f"{path} is neither of format {format} ({', '.join(suffixes)}) nor .txt")

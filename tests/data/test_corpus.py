@@ -108,6 +108,7 @@ def test_the_manifest_counts_and_hashes_every_file(corpus: Corpus, documents: li
         "duplicate_images": 0,
         "tokens": len(flat),
         "image_bytes": sum(len(i.data) for d in documents for i in d.images),
+        "source_image_bytes": sum(len(i.data) for d in documents for i in d.images),
     }
     assert manifest["tokenizer"]["token_range"] == [min(flat), max(flat)]
     for bound, count in manifest["document_lengths"].items():

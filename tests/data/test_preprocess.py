@@ -303,7 +303,7 @@ def test_inputs_are_checked_before_anything_is_read(mmc4, shards, tokenizer_path
     with pytest.raises(ConfigError, match="more than once: docs_shard_0_v2.jsonl"):
         config(mmc4, [*shards, mmc4.path / "images" / ".." / shards[0].name], tokenizer_path, tmp_path / "corpus")
     given = {"input": tuple(shards), "tokenizer_model": tokenizer_path, "output": tmp_path / "corpus"}
-    with pytest.raises(ConfigError, match="is not a folder"):
+    with pytest.raises(ConfigError, match="is not a folder, and not a .tar file"):
         PreprocessConfig(**given, image_root=tmp_path / "no")
     with pytest.raises(ConfigError, match="image_root is not given; shards of format mmc4 name images"):
         PreprocessConfig(**given)

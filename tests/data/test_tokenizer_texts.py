@@ -30,7 +30,7 @@ def test_any_format_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (tmp_path / name).write_text(f"content of {name}")
     texts = training_texts([tmp_path / "a.p", tmp_path / "b.q"], 10, "plain")
     assert list(texts) == ["content of a.p", "a.p", "content of b.q", "b.q"]
-    with pytest.raises(ConfigError, match=r"c.jsonl is neither .txt nor of format plain \(.p, .q\)"):
+    with pytest.raises(ConfigError, match=r"c.jsonl is neither of format plain \(.p, .q\) nor .txt"):
         list(training_texts([tmp_path / "c.jsonl"], 10, "plain"))
     with pytest.raises(ConfigError, match="format = 'mmc5' is unknown; known are mmc4, plain"):
         list(training_texts([tmp_path / "a.p"], 10, "mmc5"))
