@@ -23,7 +23,7 @@ from lcl_megatron.data.corpus import Corpus
 from lcl_megatron.data.corpus_part import BLOBS, COLUMNS, Totals
 from lcl_megatron.data.corpus_writer import INDEXED, CorpusWriter
 from lcl_megatron.data.indexed_file import COPY_VALUES, IndexedFile
-from lcl_megatron.data.preprocess import input_names
+from lcl_megatron.data.preprocess_config import input_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,8 @@ def merge_corpora(config: MergeConfig, report: Callable[[str], None] = lambda li
     _check_alike(corpora)
     prefixes = _prefixes(corpora)
     settings = json.dumps(["merge", [corpus.fingerprint for corpus in corpora], prefixes])
-    with CorpusWriter(config.output, corpora[0].tokenizer, settings, config.overwrite) as writer:
+    image_processing = corpora[0].manifest["image_processing"]
+    with CorpusWriter(config.output, corpora[0].tokenizer, settings, config.overwrite, image_processing) as writer:
         ends = np.cumsum([len(corpus.manifest["inputs"]) for corpus in corpora])
         for number, (corpus, prefix, end) in enumerate(zip(corpora, prefixes, ends, strict=True)):
             if end > len(writer.inputs):
@@ -86,7 +87,7 @@ def _check_alike(corpora: Sequence[Corpus]) -> None:
                 f"{corpus.path} was made by another tokenizer (fingerprint {corpus.tokenizer.fingerprint[:16]}) than "
                 f"{first.path} ({first.tokenizer.fingerprint[:16]}); preprocess one of them with the other's tokenizer"
             )
-        ours, theirs = (item.manifest.get("image_processing") for item in (first, corpus))
+        ours, theirs = (item.manifest["image_processing"] for item in (first, corpus))
         if ours != theirs:
             raise ConfigError(
                 f"{corpus.path} treats images in another way ({theirs}) than {first.path} ({ours}); "
