@@ -25,7 +25,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     print(f"corpus {corpus.path} (fingerprint {corpus.fingerprint[:16]})")
     for name, number in corpus.manifest["counts"].items():
-        print(f"  {name:16} {number:,}")
+        print(f"  {name:18} {number:,}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ COMPRESSED = (".tar.gz", ".tgz")
 MAX_HEADER_BYTES = 1 << 20
 """Longest extended header: it is held in memory whatever it announces, and holds names and numbers."""
 EXTENDED_TYPES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, b"X")
+CUT_HEADER = ("empty header", "truncated header")
+"""What ``tarfile`` says of a header, or of the second one of a long name, where the file ends."""
 KINDS = {tarfile.SYMTYPE: "a symbolic link", tarfile.LNKTYPE: "a hard link"}
 
 
@@ -97,7 +99,8 @@ class _Header(tarfile.TarInfo):
             if isinstance(error, END_MARK):
                 archive.ended = True
             elif not isinstance(error, END_OF_FILE):
-                raise READ_ERROR(f"{error} at byte {archive.offset}") from error
+                what = "it ends inside a header" if str(error) in CUT_HEADER else str(error)
+                raise READ_ERROR(f"{what} at byte {archive.offset}") from error
             raise
         if header.size < 0:
             raise READ_ERROR(f"a member of {header.size} bytes at byte {archive.offset}")

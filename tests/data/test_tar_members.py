@@ -96,6 +96,12 @@ def test_a_tar_cut_short_anywhere_is_an_error(tmp_path, name: str):
             assert len(stock.getmembers()) == 1
 
 
+@pytest.mark.parametrize("cut", [512, 1024, 1200, 1536 - 1])
+def test_a_tar_that_ends_inside_the_headers_of_a_long_name_is_an_error(tmp_path, cut: int):
+    data = write_tar(tmp_path / "a.tar", [("x" * 300, b"y")], tarfile.PAX_FORMAT).read_bytes()
+    assert "it ends inside a header" in damaged(tmp_path / "a.tar", data[:cut])
+
+
 def test_a_damaged_header_is_an_error_and_not_the_end(tmp_path):
     data = bytearray(write_tar(tmp_path / "a.tar", [(f"{n}.jpg", b"x" * 700) for n in range(5)]).read_bytes())
     data[2 * 1536 + 3] ^= 1
