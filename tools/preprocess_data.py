@@ -1,4 +1,4 @@
-r"""Turn MMC4 shards and an image folder into a corpus (docs/data.md).
+r"""Turn shards of documents and images into a corpus (docs/data.md).
 
 python tools/preprocess_data.py --input data/docs_shard_*_v2.jsonl.zip --image-root images \
     --tokenizer-model tokenizer.model --output corpus --num-workers 16
@@ -13,14 +13,16 @@ import sys
 import tyro
 
 from lcl_megatron.config.errors import ConfigError
-from lcl_megatron.data.preprocess import PreprocessConfig, preprocess
+from lcl_megatron.data.preprocess import preprocess
+from lcl_megatron.data.preprocess_config import PreprocessConfig
+from lcl_megatron.data.progress import Progress
 
 
 def main() -> None:
     """Read the flags, write the corpus, print progress to stderr and the summary to stdout."""
     try:
         config = tyro.cli(PreprocessConfig, description=__doc__)
-        print(preprocess(config, lambda line: print(line, file=sys.stderr, flush=True)))
+        print(preprocess(config, Progress(sys.stderr)))
     except (ConfigError, OSError) as error:
         sys.exit(f"error: {error}")
 

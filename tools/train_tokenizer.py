@@ -12,8 +12,8 @@ from pathlib import Path
 import tyro
 
 from lcl_megatron.config.errors import ConfigError
-from lcl_megatron.data.preprocess import training_texts
 from lcl_megatron.data.tokenizer import train_tokenizer
+from lcl_megatron.data.tokenizer_texts import training_texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,9 @@ class TokenizerConfig:
     """What the tokenizer is trained on."""
 
     input: tuple[Path, ...]
-    """MMC4 shards (.jsonl, .jsonl.zip) or text files (.txt)."""
+    """Shards of the format, or text files (.txt)."""
+    format: str = "mmc4"
+    """Format of the shards: see docs/data.md."""
     output: Path
     """Model file to write."""
     vocab_size: int = 50304
@@ -34,7 +36,7 @@ def main() -> None:
     """Read the flags, train, write the model, say what it is."""
     try:
         config = tyro.cli(TokenizerConfig, description=__doc__)
-        texts = training_texts(config.input, config.max_texts)
+        texts = training_texts(config.input, config.max_texts, config.format)
         tokenizer = train_tokenizer(texts, config.output, config.vocab_size)
     except (ConfigError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -29,7 +29,7 @@ from lcl_megatron.data.indexed_file import CorpusError, IndexedFile
 from lcl_megatron.data.tokenizer import SpecialTokens, Tokenizer
 
 FORMAT = "lcl_megatron corpus"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 IMAGE_ARRAYS: dict[str, str] = {
     "image_segment": "int32",
     "image_similarity": "float32",
@@ -37,6 +37,7 @@ IMAGE_ARRAYS: dict[str, str] = {
     "image_height": "int32",
     "image_kind": "uint8",
     "image_number": "int32",
+    "image_hash": "uint64",
 }
 """Side arrays with one entry per image, and their dtypes."""
 CONTENT_FILES: tuple[str, ...] = (
@@ -69,9 +70,10 @@ class Corpus:
         image_lengths: (I,) int32, bytes of each encoded image.
         image_segment: (I,) int32, index of its text segment within its document; ascending within a document.
         image_similarity: (I,) float32, CLIP similarity to that segment.
-        image_width: (I,) int32, pixels, from the file's header; 0 if unknown.
-        image_height: (I,) int32, pixels, from the file's header; 0 if unknown.
+        image_width: (I,) int32, pixels of the stored image; 0 if unknown.
+        image_height: (I,) int32, pixels of the stored image; 0 if unknown.
         image_kind: (I,) uint8, an ``ImageKind``.
+        image_hash: (I,) uint64, first 8 bytes of the SHA-256 of the source file: equal where the files are.
     """
 
     def __init__(self, path: Path, tokenizer_model: Path) -> None:
@@ -100,6 +102,7 @@ class Corpus:
         self.image_width = self._load_array("image_width")
         self.image_height = self._load_array("image_height")
         self.image_kind = self._load_array("image_kind")
+        self.image_hash = self._load_array("image_hash")
         self._image_number = self._load_array("image_number")
         self.document_sources = load_array(path / "document_source.npy", "int64", (self.num_documents, 2))
         self._mapped = (
@@ -179,7 +182,7 @@ class Corpus:
         return tokens
 
     def image_bytes(self, image: int) -> bytes:
-        """Return the encoded bytes of an image, as they stood in the source file; not yet decoded, may be truncated.
+        """Return the encoded bytes of an image; not yet decoded, may be truncated.
 
         Raises:
             IndexError: If there is no such image.

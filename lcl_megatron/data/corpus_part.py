@@ -1,15 +1,19 @@
 """One input shard, encoded: the piece of a corpus that one worker writes.
 
 A part is a folder of plain columns (``COLUMNS``, little-endian, no headers), ``rejects.jsonl`` and ``part.json``.
-It is written under another name and renamed when complete, so a part that exists is whole. Parts are
-appended to the corpus in the order of the inputs, whichever worker finished first.
+It is written under a name that no other process uses and renamed when complete, so a part that exists is whole, and a
+writer that was given up but still runs can do no harm. Parts are appended to the corpus in the order of the inputs,
+whichever worker finished first.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import os
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -34,11 +38,15 @@ COLUMNS: dict[str, str] = {
     **IMAGE_ARRAYS,
 }
 """Columns of a part and their dtypes; ``document_*`` hold counts per document (source: number of source, line)."""
+TEMPORARY = ".tmp"
+"""Ending of the folders that are not, or no longer, parts: whoever finds one without its writer may delete it."""
+BUFFERED_VALUES = 1 << 15
+"""Values of the columns that are held back, so that they are converted and written many at a time."""
 
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An image with its encoded bytes and the size that its header gives."""
+    """An image with its encoded bytes and its size."""
 
     segment: ImageSegment
     """Name and place in the document."""
@@ -48,6 +56,10 @@ class StoredImage:
     """Pixels; 0 if unknown."""
     height: int
     """Pixels; 0 if unknown."""
+    source_hash: int | None = None
+    """``image_hash`` of the source file's bytes; None = ``data`` are these bytes."""
+    source_bytes: int | None = None
+    """Size of the source file where ``data`` are a smaller version of it; None = ``data`` are its bytes."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +84,14 @@ class Totals:
     """Text segments."""
     images: int = 0
     """Images kept."""
+    resized_images: int = 0
+    """Images kept that were made smaller and encoded anew."""
     tokens: int = 0
     """Text tokens, without special tokens."""
     image_bytes: int = 0
-    """Bytes of encoded images."""
+    """Bytes of encoded images, as stored."""
+    source_image_bytes: int = 0
+    """Bytes of the same images in their source files."""
     min_token: int = 0
     """Smallest token id; 0 if there is none."""
     max_token: int = 0
@@ -89,19 +105,23 @@ class Totals:
     rejected_images: Counter[str] = field(default_factory=Counter)
     """Images left out, by reason."""
 
-    def add_document(self, document: EncodedDocument) -> None:
-        """Count a document."""
-        lengths = [len(segment) for segment in document.segments]
-        tokens = [token for segment in document.segments for token in segment]
-        if tokens:
-            self.min_token = min(tokens) if self.tokens == 0 else min(self.min_token, min(tokens))
-            self.max_token = max(self.max_token, max(tokens))
+    def add_document(self, document: EncodedDocument, tokens: np.ndarray) -> None:
+        """Count a document; ``tokens`` are those of all its segments."""
+        length = len(tokens)
+        if length:
+            low, high = int(tokens.min()), int(tokens.max())
+            self.min_token = low if self.tokens == 0 else min(self.min_token, low)
+            self.max_token = max(self.max_token, high)
         self.documents += 1
-        self.segments += len(lengths)
+        self.segments += len(document.segments)
         self.images += len(document.images)
-        self.tokens += len(tokens)
-        self.image_bytes += sum(len(image.data) for image in document.images)
-        self.document_lengths[str(1 << (len(tokens) - 1).bit_length()) if tokens else "0"] += 1
+        self.tokens += length
+        for image in document.images:
+            size = len(image.data)
+            self.image_bytes += size
+            self.source_image_bytes += size if image.source_bytes is None else image.source_bytes
+            self.resized_images += image.source_bytes is not None
+        self.document_lengths[str(1 << (length - 1).bit_length()) if length else "0"] += 1
         self.document_images[str(len(document.images))] += 1
 
     def add_reject(self, reject: Reject) -> None:
@@ -114,10 +134,11 @@ class Totals:
         if other.tokens:
             self.min_token = other.min_token if self.tokens == 0 else min(self.min_token, other.min_token)
             self.max_token = max(self.max_token, other.max_token)
-        for name in ("documents", "segments", "images", "tokens", "image_bytes"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("document_lengths", "document_images", "rejected_documents", "rejected_images"):
-            getattr(self, name).update(getattr(other, name))
+        for name, value in vars(other).items():
+            if isinstance(value, Counter):
+                getattr(self, name).update(value)
+            elif name not in ("min_token", "max_token"):
+                setattr(self, name, getattr(self, name) + value)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Totals:
@@ -133,11 +154,16 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
+def image_hash(data: bytes) -> int:
+    """Return the first 8 bytes of the SHA-256 of an image's bytes, as a little-endian unsigned number."""
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
+
+
 class PartWriter:
     """Writes one part; use as a context manager. Leaving it by an exception leaves no part behind.
 
     Args:
-        folder: The part to make.
+        folder: The part to make. The folder that it lies in must exist.
         vocab_size: Token ids must be below it.
         source: The input that the part comes from: ``name``, ``bytes``, ... as it shall stand in the manifest.
     """
@@ -146,28 +172,32 @@ class PartWriter:
         self.totals = Totals()
         """Counts so far."""
         self._folder = folder
-        self._staging = folder.with_name(folder.name + ".tmp")
         self._vocab_size = vocab_size
         self._dtype = token_dtype(vocab_size)
         self._input = source
         self._sources: dict[str, int] = {}
         self._files: dict[str, BinaryIO] = {}
+        self._rows: dict[str, list[Any]] = {name: [] for name in COLUMNS}
 
     def __enter__(self) -> PartWriter:
-        shutil.rmtree(self._staging, ignore_errors=True)
-        self._staging.mkdir(parents=True)
+        self._staging = Path(
+            tempfile.mkdtemp(suffix=TEMPORARY, prefix=f"{self._folder.name}.", dir=self._folder.parent)
+        )
         self._files = {name: open(self._staging / name, "wb") for name in (*BLOBS, *COLUMNS)}
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if kind is None:
-            part = {"input": self._input, "sources": list(self._sources), "totals": vars(self.totals)}
-            (self._staging / "part.json").write_text(json.dumps(part, ensure_ascii=False), encoding="utf-8")
-        for stream in self._files.values():
-            stream.close()
+        try:
+            if kind is None:
+                self._write_rows()
+                part = {"input": self._input, "sources": list(self._sources), "totals": vars(self.totals)}
+                (self._staging / "part.json").write_text(json.dumps(part, ensure_ascii=False), encoding="utf-8")
+        finally:
+            for stream in self._files.values():
+                stream.close()
         if kind is None:
             sync_folder(self._staging)
-            os.rename(self._staging, self._folder)
+            self._finish()
         else:
             shutil.rmtree(self._staging, ignore_errors=True)
 
@@ -177,32 +207,23 @@ class PartWriter:
         Raises:
             ValueError: If a token id is outside the vocabulary, or an image is larger than the format can say.
         """
-        self._check(document)
-        for segment in document.segments:
-            self._files["tokens.bin"].write(np.asarray(segment, dtype=self._dtype).tobytes())
-        names = [image.segment.name.encode("utf-8") for image in document.images]
-        for image, name in zip(document.images, names, strict=True):
-            self._files["images.bin"].write(image.data)
-            self._files["names.bin"].write(name)
-        places = [image.segment for image in document.images]
-        source = self._sources.setdefault(document.source.path, len(self._sources))
-        rows: dict[str, list[Any]] = {
-            "segment_lengths": [len(segment) for segment in document.segments],
-            "document_segments": [len(document.segments)],
-            "document_images": [len(document.images)],
-            "document_source": [source, document.source.line],
-            "image_lengths": [len(image.data) for image in document.images],
-            "name_lengths": [len(name) for name in names],
-            "image_segment": [place.segment_index for place in places],
-            "image_similarity": [place.similarity for place in places],
-            "image_width": [image.width for image in document.images],
-            "image_height": [image.height for image in document.images],
-            "image_kind": [int(place.kind) for place in places],
-            "image_number": [place.number for place in places],
-        }
-        for column, values in rows.items():
-            self._files[column].write(np.asarray(values, dtype=COLUMNS[column]).tobytes())
-        self.totals.add_document(document)
+        lengths = [len(segment) for segment in document.segments]
+        tokens = np.array(list(itertools.chain.from_iterable(document.segments)), dtype=np.int64)
+        self._check(document, tokens)
+        self._files["tokens.bin"].write(tokens.astype(self._dtype).tobytes())
+        rows = self._rows
+        rows["segment_lengths"] += lengths
+        rows["document_segments"].append(len(lengths))
+        rows["document_images"].append(len(document.images))
+        rows["document_source"] += (
+            self._sources.setdefault(document.source.path, len(self._sources)),
+            document.source.line,
+        )
+        for image in document.images:
+            self._add_image(image)
+        self.totals.add_document(document, tokens)
+        if len(rows["segment_lengths"]) + len(rows["document_source"]) >= BUFFERED_VALUES:
+            self._write_rows()
 
     def reject(self, reject: Reject) -> None:
         """Record something that was left out."""
@@ -218,13 +239,40 @@ class PartWriter:
         self._files["rejects.jsonl"].write(json.dumps(record, ensure_ascii=True).encode("ascii") + b"\n")
         self.totals.add_reject(reject)
 
-    def _check(self, document: EncodedDocument) -> None:
-        for segment in document.segments:
-            if len(segment) and not (0 <= min(segment) and max(segment) < self._vocab_size):
-                raise ValueError(
-                    f"{document.source}: token ids from {min(segment)} to {max(segment)}; the vocabulary "
-                    f"has {self._vocab_size}: the tokenizer and its vocabulary size do not fit"
-                )
+    def _add_image(self, image: StoredImage) -> None:
+        rows, place, name = self._rows, image.segment, image.segment.name.encode("utf-8")
+        self._files["images.bin"].write(image.data)
+        self._files["names.bin"].write(name)
+        rows["image_lengths"].append(len(image.data))
+        rows["name_lengths"].append(len(name))
+        rows["image_segment"].append(place.segment_index)
+        rows["image_similarity"].append(place.similarity)
+        rows["image_width"].append(image.width)
+        rows["image_height"].append(image.height)
+        rows["image_kind"].append(int(place.kind))
+        rows["image_number"].append(place.number)
+        rows["image_hash"].append(image_hash(image.data) if image.source_hash is None else image.source_hash)
+
+    def _write_rows(self) -> None:
+        for name, values in self._rows.items():
+            self._files[name].write(np.asarray(values, dtype=COLUMNS[name]).tobytes())
+            values.clear()
+
+    def _finish(self) -> None:
+        """Give the part its name, unless another writer of the same part was faster: its bytes are the same."""
+        try:
+            os.rename(self._staging, self._folder)
+        except OSError:
+            if not self._folder.is_dir():
+                raise
+            shutil.rmtree(self._staging, ignore_errors=True)
+
+    def _check(self, document: EncodedDocument, tokens: np.ndarray) -> None:
+        if len(tokens) and not (0 <= tokens.min() and tokens.max() < self._vocab_size):
+            raise ValueError(
+                f"{document.source}: token ids from {tokens.min()} to {tokens.max()}; the vocabulary "
+                f"has {self._vocab_size}: the tokenizer and its vocabulary size do not fit"
+            )
         for image in document.images:
             if not 0 < len(image.data) <= MAX_SEQUENCE_LENGTH:
                 raise ValueError(
@@ -233,11 +281,26 @@ class PartWriter:
                 )
 
 
+def remove_part(folder: Path) -> None:
+    """Delete a part so that it is never there in pieces; one that is not there is no error."""
+    doomed = folder.with_name(f"{folder.name}.appended{TEMPORARY}")
+    try:
+        os.rename(folder, doomed)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Flush all files of a folder, and its list of names, to the disk."""
     for path in (*sorted(folder.iterdir()), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -12,11 +12,14 @@ While a corpus is written, everything lies in a folder beside it::
 
 A part is deleted when the journal that includes it is on disk. After a crash the growing files are cut back to the
 journal's sizes, so a finished part is never done again and never counted twice. No document is held in memory.
+
+An existing corpus that is replaced moves to ``.NAME.replaced`` before the new one takes its name; whoever finds it
+there alone moves it back. When the new one has its name, ``.NAME.partial`` becomes ``.NAME.done`` and is deleted.
 """
 
 from __future__ import annotations
 
-import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -28,16 +31,28 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from lcl_megatron.config.errors import ConfigError
-from lcl_megatron.data.corpus import FORMAT, FORMAT_VERSION, IMAGE_ARRAYS, Corpus, file_sha256, fingerprint
+from lcl_megatron.data.corpus import (
+    CONTENT_FILES,
+    FORMAT,
+    FORMAT_VERSION,
+    IMAGE_ARRAYS,
+    Corpus,
+    file_sha256,
+    fingerprint,
+)
 from lcl_megatron.data.corpus_part import (
     BLOBS,
     COLUMNS,
+    TEMPORARY,
     EncodedDocument,
     PartWriter,
     Totals,
+    remove_part,
+    sync,
     sync_folder,
     token_dtype,
 )
+from lcl_megatron.data.folder_lock import lock_folder
 from lcl_megatron.data.indexed_file import write_index
 from lcl_megatron.data.tokenizer import Tokenizer
 
@@ -57,12 +72,20 @@ class CorpusWriter:
         tokenizer: Tokenizer that made the tokens.
         settings: Whatever else decides the content. Left-over work of a writer with other settings is discarded.
         overwrite: Replace a corpus that is already there.
+        image_processing: How images were judged and made; stands in the manifest.
 
     Raises:
         ConfigError: If ``path`` exists and may not be replaced, or another process is writing it.
     """
 
-    def __init__(self, path: str | Path, tokenizer: Tokenizer, settings: str = "", overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        tokenizer: Tokenizer,
+        settings: str = "",
+        overwrite: bool = False,
+        image_processing: dict[str, Any] | None = None,
+    ) -> None:
         self.path = Path(os.path.abspath(path))
         self.staging = self.path.with_name(f".{self.path.name}.partial")
         """Folder of everything unfinished."""
@@ -70,29 +93,28 @@ class CorpusWriter:
         """Counts of the parts appended so far."""
         self.inputs: list[dict[str, Any]] = []
         """Inputs of the parts appended so far, in order."""
+        self.published = False
+        """Whether the corpus is already in its place: an earlier run ended between publishing and tidying up."""
         self._tokenizer = tokenizer
-        self._settings = f"{FORMAT_VERSION} {tokenizer.fingerprint} {settings}"
+        self._image_processing = image_processing or {}
+        self._settings = f"{FORMAT_VERSION} {tokenizer.fingerprint} {json.dumps(self._image_processing)} {settings}"
+        self._key = hashlib.sha256(self._settings.encode("utf-8")).hexdigest()[:16]
+        self._overwrite = overwrite
+        self._replaced = self.path.with_name(f".{self.path.name}.replaced")
         self._sources: list[dict[str, Any]] = []
         self._columns = self.staging / "columns"
         self._corpus = self.staging / "corpus"
+        self._parts = self.staging / "parts"
+        self._done = self.path.with_name(f".{self.path.name}.done")
         self._lock: BinaryIO | None = None
-        if self.path.exists():
-            self._check_replaceable(overwrite)
+        # Left by a writer that was killed with all work done; here, because the check may well end this one.
+        shutil.rmtree(self._done, ignore_errors=True)
+        self._check_replaceable()
 
     def __enter__(self) -> CorpusWriter:
-        self.staging.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.staging / "lock", "wb")
+        self._lock = lock_folder(self.staging)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lock.close()
-            raise ConfigError(
-                f"another process is writing {self.path} (it holds {self.staging / 'lock'}); "
-                "wait for it, or choose another --output"
-            ) from error
-        try:
-            if not self._resume():
-                self.discard()
+            self._take_up()
         except BaseException:
             self._lock.close()
             raise
@@ -103,13 +125,24 @@ class CorpusWriter:
             self._lock.close()
 
     def part_folder(self, number: int) -> Path:
-        """Return where the part of input ``number`` is to be written; it is complete if it exists."""
-        return self.staging / "parts" / f"{number:06d}"
+        """Return where the part of input ``number`` is to be written; it is complete if it exists.
+
+        The name holds the settings: a worker of an earlier run that outlived it cannot bring in a part of its own.
+        """
+        return self._parts / f"{number:06d}-{self._key}"
 
     def discard(self) -> None:
         """Forget the work of an earlier writer and begin with nothing."""
-        self.totals, self.inputs, self._sources = Totals(), [], []
-        self._start()
+        self.totals, self.inputs, self._sources, self.published = Totals(), [], [], False
+        # First of all: without a journal, whatever is left of the files is no work to take up.
+        (self.staging / "journal.json").unlink(missing_ok=True)
+        self._check_replaceable()
+        for folder in (self._corpus, self._columns, self._parts):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(exist_ok=True)
+        for path in (*(self._growing(name) for name in (*BLOBS, *COLUMNS)), self.staging / "inputs.jsonl"):
+            path.write_bytes(b"")
+        self._write_journal()
 
     def append(self, part: Path) -> Totals:
         """Append a finished part, delete it, and return its counts."""
@@ -126,14 +159,13 @@ class CorpusWriter:
                 target.flush()
                 os.fsync(target.fileno())
         self.totals.add(totals)
-        self.inputs.append(info["input"])
-        self._sources.extend({"name": name, "input": len(self.inputs) - 1} for name in info["sources"])
+        self._add_inputs(info)
         with open(self.staging / "inputs.jsonl", "a", encoding="utf-8") as stream:
             stream.write(json.dumps(info | {"totals": None}) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
         self._write_journal()
-        shutil.rmtree(part)
+        remove_part(part)
         return totals
 
     def commit(self) -> Corpus:
@@ -148,6 +180,14 @@ class CorpusWriter:
                 f"documents left out: {dict(self.totals.rejected_documents)}, "
                 f"images left out: {dict(self.totals.rejected_images)}"
             )
+        if not self.published:
+            self._complete()
+            self._publish()
+        self._tidy_up()
+        return Corpus.open(self.path)
+
+    def _complete(self) -> None:
+        """Write what is still missing in the folder of the corpus; done again, it gives the same."""
         dtypes = {"tokens": token_dtype(self._tokenizer.vocab_size)}
         for name, (lengths, per_document) in INDEXED.items():
             write_index(
@@ -162,25 +202,39 @@ class CorpusWriter:
         manifest = json.dumps(self._manifest(), indent=1, ensure_ascii=False) + "\n"
         (self._corpus / "manifest.json").write_text(manifest, encoding="utf-8")
         sync_folder(self._corpus)
-        self._publish()
-        return Corpus.open(self.path)
 
-    def _check_replaceable(self, overwrite: bool) -> None:
+    def _check_replaceable(self) -> None:
+        if not self.path.exists() or self._is_published():
+            return
         if not self.path.is_dir() or (any(self.path.iterdir()) and not (self.path / "manifest.json").is_file()):
             raise ConfigError(f"{self.path} exists and is not a corpus; move it away or choose another --output")
-        if any(self.path.iterdir()) and not overwrite:
+        if any(self.path.iterdir()) and not self._overwrite:
             raise ConfigError(f"{self.path} already holds a corpus; use --overwrite to replace it")
+
+    def _take_up(self) -> None:
+        """Bring the folders of an earlier writer, ended at whatever moment, into a state to go on from."""
+        if self._replaced.exists():
+            if self.path.exists():
+                shutil.rmtree(self._replaced)
+            else:
+                # It ended between the two renames of ``_publish``: the old corpus is back until the new one comes.
+                os.rename(self._replaced, self.path)
+        self._check_replaceable()
+        self.published = self._is_published()
+        if not self._resume():
+            self.discard()
+        for folder in self._parts.iterdir() if self._parts.is_dir() else ():
+            number = folder.name.partition("-")[0]
+            if folder.name.endswith(TEMPORARY) or (number.isdigit() and int(number) < len(self.inputs)):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _is_published(self) -> bool:
+        """Return whether an earlier writer of this corpus has published it and ended before it tidied up."""
+        journal = self._read_journal()
+        return journal is not None and not self._corpus.exists() and (self.path / "manifest.json").is_file()
 
     def _growing(self, name: str) -> Path:
         return (self._corpus if name in BLOBS else self._columns) / name
-
-    def _start(self) -> None:
-        for folder in (self._corpus, self._columns, self.staging / "parts"):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-        for path in (*(self._growing(name) for name in (*BLOBS, *COLUMNS)), self.staging / "inputs.jsonl"):
-            path.write_bytes(b"")
-        self._write_journal()
 
     def _write_journal(self) -> None:
         sizes = {name: self._growing(name).stat().st_size for name in (*BLOBS, *COLUMNS)}
@@ -192,26 +246,43 @@ class CorpusWriter:
             stream.flush()
             os.fsync(stream.fileno())
         os.rename(temporary, self.staging / "journal.json")
+        # Parts are deleted after this: their deletion must not reach the disk before the journal does.
+        sync(self.staging)
+
+    def _read_journal(self) -> dict[str, Any] | None:
+        """Return the journal of an earlier writer with the same settings, if there is one."""
+        try:
+            journal: dict[str, Any] = json.loads((self.staging / "journal.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return journal if journal.get("settings") == self._settings else None
 
     def _resume(self) -> bool:
         """Take up the work of a writer that ended early; False if there is none that fits."""
-        try:
-            journal = json.loads((self.staging / "journal.json").read_text(encoding="utf-8"))
-            if journal["settings"] != self._settings:
-                return False
-            for name, size in journal["sizes"].items():
-                path = self.staging / name if name == "inputs.jsonl" else self._growing(name)
-                if path.stat().st_size < size:
-                    return False
-                os.truncate(path, size)
-        except (OSError, ValueError, KeyError):
+        journal = self._read_journal()
+        if journal is None:
             return False
+        if not self.published:
+            sizes = {
+                self.staging / name if name == "inputs.jsonl" else self._growing(name): size
+                for name, size in journal["sizes"].items()
+            }
+            if any(not path.is_file() or path.stat().st_size < size for path, size in sizes.items()):
+                return False
+            for path, size in sizes.items():
+                os.truncate(path, size)
         self.totals = Totals.from_dict(journal["totals"])
         for line in (self.staging / "inputs.jsonl").read_text(encoding="utf-8").splitlines():
-            info = json.loads(line)
-            self.inputs.append(info["input"])
-            self._sources.extend({"name": name, "input": len(self.inputs) - 1} for name in info["sources"])
+            self._add_inputs(json.loads(line))
         return True
+
+    def _add_inputs(self, info: dict[str, Any]) -> None:
+        """Note inputs and sources of a part: one input, or the several of a merged corpus."""
+        first = len(self.inputs)
+        self.inputs.extend(info.get("inputs") or [info["input"]])
+        of_inputs = info.get("source_inputs") or [0] * len(info["sources"])
+        for name, number in zip(info["sources"], of_inputs, strict=True):
+            self._sources.append({"name": name, "input": first + number})
 
     def _read_column(self, name: str) -> np.ndarray:
         path, dtype = self._growing(name), np.dtype(COLUMNS[name])
@@ -226,7 +297,7 @@ class CorpusWriter:
             shutil.copyfileobj(source, target, 1 << 20)
 
     def _manifest(self) -> dict[str, Any]:
-        names = sorted(path.name for path in self._corpus.iterdir() if path.name != "manifest.json")
+        names = sorted((*CONTENT_FILES, "rejects.jsonl"))
         with ThreadPoolExecutor(4) as pool:
             hashes = list(pool.map(lambda name: file_sha256(self._corpus / name), names))
         files = {
@@ -244,8 +315,16 @@ class CorpusWriter:
                 "special_tokens": vars(self._tokenizer.special_tokens),
                 "token_range": [totals.min_token, totals.max_token],
             },
+            "image_processing": self._image_processing,
             "counts": {
-                name: getattr(totals, name) for name in ("documents", "segments", "images", "tokens", "image_bytes")
+                "documents": totals.documents,
+                "segments": totals.segments,
+                "images": totals.images,
+                "resized_images": totals.resized_images,
+                "duplicate_images": count_duplicates(self._read_column("image_hash")),
+                "tokens": totals.tokens,
+                "image_bytes": totals.image_bytes,
+                "source_image_bytes": totals.source_image_bytes,
             },
             "document_lengths": _sorted_counts(totals.document_lengths),
             "document_images": _sorted_counts(totals.document_images),
@@ -259,16 +338,25 @@ class CorpusWriter:
         }
 
     def _publish(self) -> None:
-        replaced = self.path.with_name(f".{self.path.name}.replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
         if self.path.exists():
-            os.rename(self.path, replaced)
+            os.rename(self.path, self._replaced)
         os.rename(self._corpus, self.path)
-        descriptor = os.open(self.path.parent, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-        shutil.rmtree(replaced, ignore_errors=True)
-        shutil.rmtree(self.staging)
+        sync(self.path.parent)
+        self.published = True
+
+    def _tidy_up(self) -> None:
+        # Errors are ignored: the corpus is there, and a worker that is given up but still runs may add files.
+        shutil.rmtree(self._replaced, ignore_errors=True)
+        # In one step, so that no half of this folder is ever taken for work to go on with.
+        shutil.rmtree(self._done, ignore_errors=True)
+        os.rename(self.staging, self._done)
+        shutil.rmtree(self._done, ignore_errors=True)
+
+
+def count_duplicates(hashes: np.ndarray) -> int:
+    """Return how many of the images repeat an earlier one; (I,) uint64, may be memory-mapped. Takes 16 bytes each."""
+    ordered = np.sort(hashes)
+    return int(np.count_nonzero(ordered[1:] == ordered[:-1]))
 
 
 def write_corpus(

@@ -1,79 +1,29 @@
-"""Raw shards to a corpus: read, tokenize, probe images, write.
+"""Raw shards to a corpus: read, judge images, tokenize, write.
 
 Workers take one shard each and write one part each; parts are appended in the order of the inputs. So the corpus is
-the same, byte for byte, for any number of workers and after any number of interruptions.
+the same, byte for byte, for any engine, any number of workers, and after any number of interruptions.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-import re
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
-from multiprocessing import get_context
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
-from lcl_megatron.config.errors import ConfigError, require
+from lcl_megatron.config.errors import ConfigError
 from lcl_megatron.data.corpus import Corpus
-from lcl_megatron.data.corpus_part import EncodedDocument, PartWriter, StoredImage, Totals
+from lcl_megatron.data.corpus_part import Totals
 from lcl_megatron.data.corpus_writer import CorpusWriter
-from lcl_megatron.data.document import Document, Reject
-from lcl_megatron.data.image_folder import ImageFileError, probe_image
-from lcl_megatron.data.image_store import ImageStore, open_image_store
-from lcl_megatron.data.readers.formats import FORMATS
-from lcl_megatron.data.readers.mmc4 import read_mmc4
+from lcl_megatron.data.engines import make_engine, parts_in_order
+from lcl_megatron.data.image_store import open_image_store
+from lcl_megatron.data.preprocess_config import PreprocessConfig, input_names
+from lcl_megatron.data.progress import Counters, Progress
+from lcl_megatron.data.shard_encoder import ShardTask
 from lcl_megatron.data.tokenizer import Tokenizer
 
 MIN_JUDGED_IMAGES = 1000
 """The share of rejected images is judged only after so many images, and at the end."""
-PARTS_AHEAD = 2
-"""Finished shards that may wait for an earlier one, per worker; bounds the disk space used twice."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreprocessConfig:
-    """What is read, with which tokenizer, and where the corpus goes."""
-
-    input: tuple[Path, ...]
-    """MMC4 shards: .jsonl, or .zip of .jsonl. Their order is the order of the corpus."""
-    format: str = "mmc4"
-    """Format of the shards: see docs/data.md."""
-    image_root: Path
-    """Folder below which the images lie; names that lead out of it are refused."""
-    tokenizer_model: Path
-    """SentencePiece model (tools/train_tokenizer.py)."""
-    output: Path
-    """Folder of the corpus to write."""
-    num_workers: int = 1
-    """Processes; each takes a shard at a time. The result does not depend on it."""
-    overwrite: bool = False
-    """Replace a corpus that is already at the output."""
-    max_rejected_image_share: float = 0.5
-    """Stop when more than this share of the images cannot be used; 1 = never. A wrong image_root ends up here."""
-    max_image_pixels: int = 64_000_000
-    """Images whose header announces more pixels are left out."""
-    max_image_bytes: int = 64 << 20
-    """Larger image files are left out."""
-
-    def __post_init__(self) -> None:
-        require(len(self.input) > 0, "no input: give --input SHARD [SHARD ...]")
-        require(self.num_workers >= 1, f"num_workers = {self.num_workers}; at least 1 is needed")
-        require(
-            0 <= self.max_rejected_image_share <= 1,
-            f"max_rejected_image_share = {self.max_rejected_image_share} is outside [0, 1]",
-        )
-        require(self.max_image_pixels >= 1 and self.max_image_bytes >= 1, "image limits must be at least 1")
-        missing = [str(path) for path in self.input if not path.is_file()]
-        require(not missing, f"{len(missing)} of {len(self.input)} inputs are no files: {', '.join(missing[:5])}")
-        names = input_names(self.input)
-        twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-        require(not twice, f"inputs given more than once: {', '.join(twice[:5])}")
-        require(self.image_root.is_dir(), f"image_root = {self.image_root} is not a folder")
 
 
 @dataclass(frozen=True)
@@ -87,143 +37,70 @@ class PreprocessSummary:
 
     def __str__(self) -> str:
         """Return the counts, one per line."""
-        totals = self.totals
+        totals, counts = self.totals, self.corpus.manifest["counts"]
         lines = [
             f"corpus {self.corpus.path} (fingerprint {self.corpus.fingerprint[:16]})",
             f"  documents  {totals.documents:,}",
             f"  images     {totals.images:,} ({totals.image_bytes:,} bytes)",
             f"  tokens     {totals.tokens:,} in {totals.segments:,} text segments",
+            f"  images that repeat an earlier one: {counts['duplicate_images']:,}",
         ]
-        for what, counts in (("documents", totals.rejected_documents), ("images", totals.rejected_images)):
-            lines.append(f"  rejected {what}: {counts.total():,}")
-            lines.extend(f"    {number:,} {reason}" for reason, number in counts.most_common())
+        if totals.resized_images:
+            lines.append(
+                f"  images made smaller: {totals.resized_images:,} "
+                f"({totals.source_image_bytes:,} bytes of source files became {totals.image_bytes:,})"
+            )
+        for what, rejects in (("documents", totals.rejected_documents), ("images", totals.rejected_images)):
+            lines.append(f"  rejected {what}: {rejects.total():,}")
+            lines.extend(f"    {number:,} {reason}" for reason, number in rejects.most_common())
         return "\n".join(lines)
 
 
-def preprocess(config: PreprocessConfig, report: Callable[[str], None] = lambda line: None) -> PreprocessSummary:
+def preprocess(config: PreprocessConfig, progress: Progress | None = None) -> PreprocessSummary:
     """Write a corpus; what an interrupted run has finished is not done again.
 
     Args:
         config: What to do.
-        report: Receives one line of progress per shard.
+        progress: Shows how far it has come; None = in silence.
 
     Raises:
         ConfigError: If inputs, tokenizer or output do not fit, too many images are unusable, or nothing is left.
-        OSError: If a shard or the disk cannot be read or written. The output is then as it was before.
+        OSError: If a shard or the disk cannot be read or written, or a worker died. The output is then as it was
+            before, and the same call goes on with what is finished.
     """
     tokenizer = Tokenizer.load(config.tokenizer_model)
-    with CorpusWriter(config.output, tokenizer, _settings(config), config.overwrite) as writer:
-        done = len(writer.inputs)
-        if done:
-            report(f"taking up an interrupted run: {done} of {len(config.input)} shards are done")
-        for number, part in enumerate(_parts(config, writer, done), start=done + 1):
-            part_totals = writer.append(part)
-            totals = writer.totals
-            report(
-                f"[{number}/{len(config.input)}] {writer.inputs[-1]['name']}: {part_totals.documents:,} documents; "
-                f"so far {totals.documents:,} documents, {totals.images:,} images, {totals.tokens:,} tokens, "
-                f"{totals.rejected_images.total():,} images rejected"
-            )
-            _check_rejected(config, totals, last=number == len(config.input))
+    sizes = [path.stat().st_size for path in config.input]
+    settings, image_processing = _settings(config), _image_processing(config)
+    with (
+        progress or Progress() as shown,
+        CorpusWriter(config.output, tokenizer, settings, config.overwrite, image_processing) as writer,
+    ):
+        shown.begin(sizes, len(writer.inputs))
+        if len(writer.inputs) < len(config.input):
+            _encode_shards(config, tokenizer, writer, shown)
         _check_rejected(config, writer.totals, last=True)
         return PreprocessSummary(writer.commit(), writer.totals)
 
 
-def write_part(config: PreprocessConfig, shard: Path, name: str, folder: Path) -> Path:
-    """Read one shard and write its part; returns ``folder``. Runs in a worker process."""
-    tokenizer = Tokenizer.load(config.tokenizer_model)
-    images = open_image_store(config.image_root, config.max_image_bytes)
-    source = {"name": name, "bytes": shard.stat().st_size}
-    with PartWriter(folder, tokenizer.vocab_size, source) as part:
-        for item in FORMATS[config.format].read(shard, name):
-            if isinstance(item, Reject):
-                part.reject(item)
-            else:
-                _store(item, tokenizer, images, config.max_image_pixels, part)
-    return folder
+def _encode_shards(config: PreprocessConfig, tokenizer: Tokenizer, writer: CorpusWriter, shown: Progress) -> None:
+    """Append the parts of all shards that are not done."""
+    if config.image_root is not None:
+        # Before any worker does: a store that cannot be opened is found at once, and an index is made by one process.
+        open_image_store(config.image_root, config.max_image_bytes)
+    with make_engine(config) as engine:
+        tasks = _tasks(config, tokenizer, writer)
+        for part in parts_in_order(engine, tasks, config.num_workers, shown.shard_started):
+            totals = writer.append(part)
+            shown.shard_finished(part, Counters.of(totals, writer.inputs[-1]["bytes"]))
+            _check_rejected(config, writer.totals, last=False)
 
 
-def input_names(inputs: Sequence[Path]) -> list[str]:
-    """Return what the inputs are called: their paths relative to the folder that all of them share."""
-    paths = [os.path.abspath(path) for path in inputs]
-    common = os.path.commonpath([os.path.dirname(path) for path in paths])
-    return [Path(os.path.relpath(path, common)).as_posix() for path in paths]
-
-
-def training_texts(inputs: Sequence[Path], max_texts: int) -> Iterator[str]:
-    """Yield text to train a tokenizer on: sentences of MMC4 shards, lines of ``.txt`` files.
-
-    Args:
-        inputs: MMC4 shards and text files.
-        max_texts: At most so many texts, the first ones of each input in equal numbers.
-
-    Raises:
-        ConfigError: If an input is of neither kind.
-    """
-    each = -(-max_texts // len(inputs))
-    for path in inputs:
-        if path.suffix == ".txt":
-            with open(path, encoding="utf-8", errors="replace") as stream:
-                yield from itertools.islice((line.strip() for line in stream), each)
-        elif re.search(r"\.jsonl(\.zip)?$", path.name):
-            documents = (item for item in read_mmc4(path) if isinstance(item, Document))
-            texts = (segment.text for document in documents for segment in document.segments)
-            yield from itertools.islice(texts, each)
-        else:
-            raise ConfigError(f"{path} is neither .jsonl, .jsonl.zip nor .txt")
-
-
-def _store(document: Document, tokenizer: Tokenizer, images: ImageStore, max_pixels: int, part: PartWriter) -> None:
-    """Tokenize a document, read its images, and write what is usable."""
-    stored = []
-    for image in document.images:
-        try:
-            data = images.read(image.name) if image.data is None else image.data
-            width, height = probe_image(data, max_pixels)
-        except ImageFileError as error:
-            part.reject(Reject(document.source, error.reason, error.detail, image.number, image.name))
-        else:
-            stored.append(StoredImage(image, data, width, height))
-    if stored:
-        segments = [tokenizer.encode(segment.text) for segment in document.segments]
-        part.add(EncodedDocument(segments, stored, document.source))
-    else:
-        part.reject(Reject(document.source, "no images", f"none of its {len(document.images)} images is usable"))
-
-
-def _parts(config: PreprocessConfig, writer: CorpusWriter, done: int) -> Iterator[Path]:
-    """Yield the finished parts in the order of the inputs, from input ``done`` on."""
-    tasks = []
-    for number, (shard, name) in enumerate(zip(config.input, input_names(config.input), strict=True)):
-        if number >= done:
-            tasks.append(partial(write_part, config, shard, name, writer.part_folder(number)))
-    if config.num_workers == 1:
-        for task in tasks:
-            yield _finished(task) or task()
-        return
-    # Spawned, not forked: a forked child would share this process's locks. The executor, unlike a multiprocessing
-    # pool, reports a worker that was killed instead of waiting for it.
-    with ProcessPoolExecutor(config.num_workers, mp_context=get_context("spawn")) as pool:
-        pending: deque[Future[Path] | Path] = deque()
-        try:
-            for task in tasks:
-                pending.append(_finished(task) or pool.submit(task))
-                if len(pending) > config.num_workers * PARTS_AHEAD:
-                    yield _result(pending.popleft())
-            while pending:
-                yield _result(pending.popleft())
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _finished(task: partial[Path]) -> Path | None:
-    """Return the part of a task if an earlier run has finished it."""
-    folder: Path = task.args[-1]
-    return folder if folder.exists() else None
-
-
-def _result(part: Future[Path] | Path) -> Path:
-    return part if isinstance(part, Path) else part.result()
+def _tasks(config: PreprocessConfig, tokenizer: Tokenizer, writer: CorpusWriter) -> Iterator[ShardTask]:
+    """Yield what is left to do, in the order of the inputs."""
+    names = input_names(config.input)
+    for number in range(len(writer.inputs), len(config.input)):
+        one = replace(config, input=(config.input[number],))
+        yield ShardTask(one, names[number], tokenizer.fingerprint, writer.part_folder(number))
 
 
 def _settings(config: PreprocessConfig) -> str:
@@ -235,18 +112,31 @@ def _settings(config: PreprocessConfig) -> str:
                 [name, stat.st_size, stat.st_mtime_ns]
                 for name, stat in zip(input_names(config.input), stats, strict=True)
             ],
-            "image_root": os.path.abspath(config.image_root),
-            "limits": [config.max_image_pixels, config.max_image_bytes],
+            "format": config.format,
+            "image_root": None if config.image_root is None else os.path.abspath(config.image_root),
+            "max_image_bytes": config.max_image_bytes,
+            "max_image_pixels": config.max_image_pixels,
         }
     )
+
+
+def _image_processing(config: PreprocessConfig) -> dict[str, object]:
+    """Return how images were made, as the manifest says it."""
+    resized = config.resize_short_side > 0
+    return {
+        "check_images": config.check_images,
+        "resize_short_side": config.resize_short_side,
+        "jpeg_quality": config.jpeg_quality if resized else None,
+    }
 
 
 def _check_rejected(config: PreprocessConfig, totals: Totals, last: bool) -> None:
     rejected = totals.rejected_images.total()
     seen = rejected + totals.images
     if rejected > config.max_rejected_image_share * seen and (last or seen >= MIN_JUDGED_IMAGES):
+        where = "" if config.image_root is None else f"is image_root = {config.image_root} right? "
         raise ConfigError(
             f"{rejected:,} of {seen:,} images cannot be used ({rejected / seen:.0%}; the limit is "
-            f"{config.max_rejected_image_share:.0%}): {dict(totals.rejected_images.most_common())}; is image_root = "
-            f"{config.image_root} right? --max-rejected-image-share 1 goes on regardless"
+            f"{config.max_rejected_image_share:.0%}): {dict(totals.rejected_images.most_common())}; {where}"
+            "--max-rejected-image-share 1 goes on regardless"
         )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
+from lcl_megatron.config.errors import require
 from lcl_megatron.data.compose import ComposedDocuments, Composer
 from lcl_megatron.data.even_order import even_step
 from lcl_megatron.data.order import Stream, keyed_hash, permute
@@ -169,6 +170,8 @@ class SourceRows:
         """All rows of an epoch."""
         self.left_out = built.left_out
         """Documents that stand in no row, by reason."""
+        # Products of a place and a step must fit 64 bits.
+        require(self.num_rows < 1 << 31, f"{corpus.path} gives {self.num_rows} rows; at most 2**31 - 1 can be planned")
         self._seed = seed
         self._step = even_step(self.num_rows)
         self._group_ends = np.cumsum(self.table.rows_per_group)

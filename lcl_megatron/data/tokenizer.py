@@ -10,7 +10,7 @@ import codecs
 import hashlib
 import io
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -109,6 +109,15 @@ class Tokenizer:
             ValueError: If the text cannot be written as UTF-8 (a lone surrogate).
         """
         return list(self._processor.encode(text.encode("utf-8"), out_type=int))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of many texts, each as ``encode`` gives them; faster than one call for each.
+
+        Raises:
+            ValueError: If a text cannot be written as UTF-8 (a lone surrogate).
+        """
+        encoded = self._processor.encode([text.encode("utf-8") for text in texts], out_type=int, num_threads=1)
+        return [list(tokens) for tokens in encoded]
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Return the text of token ids; special tokens have none."""

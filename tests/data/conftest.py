@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -42,12 +43,14 @@ class Mmc4Folder:
         return buffer.getvalue()
 
     def add_shard(self, name: str, lines: Iterable[dict[str, Any] | bytes]) -> Path:
-        """Write a shard of records or raw lines; a name that ends in .zip makes a zip of one member."""
+        """Write a shard of records or raw lines; its name decides between a zip of one member, gzip and plain."""
         raw = b"".join((line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n" for line in lines)
         path = self.path / name
         if path.suffix == ".zip":
             with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
                 archive.writestr(path.stem, raw)
+        elif path.suffix == ".gz":
+            path.write_bytes(gzip.compress(raw))
         else:
             path.write_bytes(raw)
         return path

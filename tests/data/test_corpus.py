@@ -57,9 +57,10 @@ def test_what_was_written_reads_back(corpus: Corpus, documents: list[EncodedDocu
             "image_width",
             "image_height",
             "image_kind",
+            "image_hash",
         )
     ]
-    assert dtypes == ["int64", "int32", "int64", "int32", "float32", "int32", "int32", "uint8"]
+    assert dtypes == ["int64", "int32", "int64", "int32", "float32", "int32", "int32", "uint8", "uint64"]
     assert corpus.segment_tokens(0).dtype == np.int32
     assert sorted(path.name for path in corpus.path.parent.iterdir()) == ["corpus"]
 
@@ -103,8 +104,11 @@ def test_the_manifest_counts_and_hashes_every_file(corpus: Corpus, documents: li
         "documents": 20,
         "segments": sum(len(d.segments) for d in documents),
         "images": corpus.num_images,
+        "resized_images": 0,
+        "duplicate_images": 0,
         "tokens": len(flat),
         "image_bytes": sum(len(i.data) for d in documents for i in d.images),
+        "source_image_bytes": sum(len(i.data) for d in documents for i in d.images),
     }
     assert manifest["tokenizer"]["token_range"] == [min(flat), max(flat)]
     for bound, count in manifest["document_lengths"].items():
@@ -115,6 +119,17 @@ def test_the_manifest_counts_and_hashes_every_file(corpus: Corpus, documents: li
         str(n): c for n in range(4) if (c := sum(len(d.images) == n for d in documents))
     }
     corpus.verify()
+
+
+def test_equal_images_have_equal_hashes_and_are_counted(tmp_path: Path, tokenizer: Tokenizer):
+    """Oracle: SHA-256 of hashlib, and a set of the bytes."""
+    documents = make_documents(30, tokenizer.vocab_size)
+    first = next(image for document in documents for image in document.images)
+    documents += [EncodedDocument([[8]], [first, first], Source("again.jsonl", 1))]
+    corpus = write_corpus(tmp_path / "corpus", documents, tokenizer)
+    data = [corpus.image_bytes(image) for image in range(corpus.num_images)]
+    assert corpus.image_hash.tolist() == [int.from_bytes(hashlib.sha256(d).digest()[:8], "little") for d in data]
+    assert corpus.manifest["counts"]["duplicate_images"] == len(data) - len(set(data)) == 2
 
 
 def test_the_fingerprint_names_the_content(tmp_path: Path, documents: list[EncodedDocument], tokenizer: Tokenizer):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lcl_megatron.data.document import Document, ImageKind, Reject
-from lcl_megatron.data.readers import mmc4 as reader
+from lcl_megatron.data.readers import lines as reader
 from lcl_megatron.data.readers.mmc4 import read_mmc4
 
 
@@ -83,14 +83,24 @@ def test_a_broken_line_costs_only_itself(mmc4, name: str, place: int):
     assert len(documents) == 3
 
 
-@pytest.mark.parametrize("name", ["docs_shard_7_v2.jsonl", "docs_shard_7_v2.jsonl.zip"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "docs_shard_7_v2.jsonl",
+        "docs_shard_7_v2.jsonl.zip",
+        "docs_shard_7_v2.jsonl.gz",
+        "docs_no_face_shard_7_v2.jsonl.zip",
+        "docs_no_face_shard_7_v3.jsonl",
+        "docs_no_face_shard_7_v3.jsonl.zip",
+    ],
+)
 def test_documents_read_back(mmc4, record, name: str):
     texts = ["First.", "  Second, padded. \n", "", "caf\u00e9 \u6f22\u5b57"]
     images = [("b.jpg", 3, 0.25), ("sub/a.jpg", 0, 0.5), ("c.jpg", 3, 1)]
     (document,) = read_mmc4(mmc4.add_shard(name, [b"", b"   ", record(texts, images)]))
     assert isinstance(document, Document)
     assert [segment.text for segment in document.segments] == ["First.", "Second, padded.", "", texts[3]]
-    assert str(document.source) == "docs_shard_7_v2.jsonl:3"
+    assert str(document.source) == f"{name.removesuffix('.zip').removesuffix('.gz')}:3"
     # Sorted by sentence, in the record's order within a sentence; the number is the place in the record.
     assert [(image.name, image.number, image.segment_index, image.similarity) for image in document.images] == [
         ("sub/a.jpg", 1, 0, 0.5),
@@ -146,6 +156,14 @@ def test_a_zip_of_several_files_names_the_member(mmc4):
     assert not (mmc4.path.parent / "b.jsonl").exists()
 
 
+def test_every_member_of_a_zip_may_begin_with_a_byte_order_mark(mmc4):
+    path = mmc4.path / "both.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for index in range(2):
+            archive.writestr(f"{index}.jsonl", b"\xef\xbb\xbf" + json.dumps(good(index)).encode())
+    assert all(isinstance(item, Document) for item in read_mmc4(path))
+
+
 @pytest.mark.parametrize("damage", ["no zip", "cut", "flipped"])
 def test_a_damaged_zip_stops_with_its_name(mmc4, damage: str):
     path = mmc4.add_shard("s.jsonl.zip", [good(index) for index in range(200)])
@@ -179,6 +197,8 @@ def test_every_line_is_a_document_or_a_reject(tmp_path_factory: pytest.TempPathF
     lines = [value.replace(b"\n", b"") if isinstance(value, bytes) else json.dumps(value).encode() for value in values]
     path = tmp_path_factory.mktemp("fuzz") / "s.jsonl"
     path.write_bytes(b"\n".join(lines))
+    # A byte order mark and nothing else is an empty file.
+    lines[:1] = [line.removeprefix(b"\xef\xbb\xbf") for line in lines[:1]]
     items = [item for item in read_mmc4(path) if isinstance(item, Document) or item.image_number is None]
     assert [item.source.line for item in items] == [
         number for number, line in enumerate(lines, start=1) if line.strip()

@@ -1,20 +1,17 @@
 """Preprocessing from shards to corpus.
 
-Oracles: an independent reading of the shards with json and Pillow; byte equality between runs with one worker, several
-workers, and interruptions; rejects listed by hand.
+Oracles: an independent reading of the shards with json and Pillow; byte equality between interrupted and undisturbed
+runs; rejects listed by hand.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
-import signal
 import struct
 import subprocess
 import sys
-import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -24,15 +21,17 @@ from PIL import Image
 
 from lcl_megatron.config.errors import ConfigError
 from lcl_megatron.data.corpus import Corpus
+from lcl_megatron.data.document import Document, ImageKind, ImageSegment, Source, TextSegment
 from lcl_megatron.data.image_folder import ImageFileError, ImageFolder, probe_image
-from lcl_megatron.data.preprocess import PreprocessConfig, input_names, preprocess
-from lcl_megatron.data.tokenizer import Tokenizer
+from lcl_megatron.data.preprocess import preprocess
+from lcl_megatron.data.preprocess_config import PreprocessConfig, input_names
+from lcl_megatron.data.progress import Counters, Progress
+from lcl_megatron.data.readers.formats import FORMATS, Format
+from lcl_megatron.data.shard_encoder import load_tokenizer
+from lcl_megatron.data.tokenizer import Tokenizer, train_tokenizer
+from tests.data.preprocess_runs import config, tree_hash, write_shards
 
 ROOT = Path(__file__).parents[2]
-
-
-def tree_hash(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -47,29 +46,26 @@ def png_header(width: int, height: int) -> bytes:
 
 
 @pytest.fixture
-def shards(mmc4, record) -> list[Path]:
-    """Five shards of uneven size; every third document has a missing image, one shard is empty."""
-    paths = []
-    for shard, count in enumerate([7, 1, 0, 12, 5]):
-        lines = []
-        for number in range(count):
-            names = [f"{shard}_{number}_{index}.png" for index in range(1 + number % 3)]
-            for index, name in enumerate(names):
-                if number != 4 and (number + index) % 3 != 2:
-                    mmc4.add_image(name, 8 + number, 9 + index, seed=shard * 100 + number)
-            if number == 4:
-                names = ["never_there.png"]
-            texts = [f"A cat sees {number} things.", "", "The old dog paints <image>."]
-            lines.append(record(texts, [(name, index % 3, 0.2 + index / 10) for index, name in enumerate(names)]))
-        lines.insert(1, b"{broken")
-        paths.append(mmc4.add_shard(f"docs_shard_{shard}_v2.jsonl" + (".zip" if shard % 2 else ""), lines))
-    return paths
+def shards(mmc4) -> list[Path]:
+    return write_shards(mmc4)
 
 
-def config(mmc4, shards: list[Path], tokenizer_path: Path, output: Path, **changes: object) -> PreprocessConfig:
-    return PreprocessConfig(
-        input=tuple(shards), image_root=mmc4.images, tokenizer_model=tokenizer_path, output=output, **changes
-    )
+class StopAfter(Progress):
+    """Ends a run by an exception when so many shards are finished, and keeps the notes."""
+
+    def __init__(self, shards: int) -> None:
+        super().__init__()
+        self.left = shards
+        self.notes: list[str] = []
+
+    def shard_finished(self, part: Path, counters: Counters) -> None:
+        super().shard_finished(part, counters)
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+    def note(self, line: str) -> None:
+        self.notes.append(line)
 
 
 def read_independently(shard: Path) -> list[tuple[int, dict[str, object]]]:
@@ -113,8 +109,7 @@ def check_against_shards(corpus: Corpus, tokenizer: Tokenizer, shards: list[Path
 
 
 def test_the_corpus_holds_what_the_shards_say(mmc4, shards, tokenizer_path, tokenizer, tmp_path):
-    lines: list[str] = []
-    summary = preprocess(config(mmc4, shards, tokenizer_path, tmp_path / "corpus"), lines.append)
+    summary = preprocess(config(mmc4, shards, tokenizer_path, tmp_path / "corpus"))
     missing = check_against_shards(summary.corpus, tokenizer, shards, mmc4.images)
     assert missing > 0
     assert summary.totals.rejected_images == {"missing file": missing}
@@ -124,7 +119,6 @@ def test_the_corpus_holds_what_the_shards_say(mmc4, shards, tokenizer_path, toke
         "malformed JSON": 5,
         "no images": records - summary.corpus.num_documents,
     }
-    assert len(lines) == 5
     assert f"images     {summary.corpus.num_images:,}" in str(summary)
     assert f"{missing:,} missing file" in str(summary)
     rejects = [json.loads(line) for line in (tmp_path / "corpus" / "rejects.jsonl").read_text().splitlines()]
@@ -137,64 +131,49 @@ def test_the_corpus_holds_what_the_shards_say(mmc4, shards, tokenizer_path, toke
     assert [entry["bytes"] for entry in summary.corpus.manifest["inputs"]] == [shard.stat().st_size for shard in shards]
 
 
-def test_the_number_of_workers_changes_no_byte(mmc4, shards, tokenizer_path, tmp_path):
-    hashes = []
-    for workers in (1, 2, 4):
-        output = tmp_path / f"corpus{workers}"
-        preprocess(config(mmc4, shards, tokenizer_path, output, num_workers=workers))
-        hashes.append(tree_hash(output))
-    assert hashes[0] == hashes[1] == hashes[2]
-
-
 def test_an_interrupted_run_goes_on_where_it_stopped(mmc4, shards, tokenizer_path, tmp_path):
-    class Stop(Exception):
-        pass
-
-    def stop_after_two(line: str) -> None:
-        if line.startswith("[2/"):
-            raise Stop
-
     preprocess(config(mmc4, shards, tokenizer_path, tmp_path / "whole"))
     job = config(mmc4, shards, tokenizer_path, tmp_path / "corpus")
-    with pytest.raises(Stop):
-        preprocess(job, stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        preprocess(job, StopAfter(2))
     assert not (tmp_path / "corpus").exists()
-    lines: list[str] = []
-    preprocess(job, lines.append)
-    assert [line.split()[0] for line in lines] == ["taking", "[3/5]", "[4/5]", "[5/5]"]
+    rest = StopAfter(100)
+    preprocess(job, rest)
+    assert rest.notes == ["taking up an interrupted run: 2 of 5 shards are done"]
+    assert 100 - rest.left == 3
     assert tree_hash(tmp_path / "corpus") == tree_hash(tmp_path / "whole")
 
 
 def test_a_changed_input_is_read_again(mmc4, shards, tokenizer_path, tmp_path, record):
-    def stop(line: str) -> None:
-        raise RuntimeError(line)
-
     job = config(mmc4, shards, tokenizer_path, tmp_path / "corpus")
-    with pytest.raises(RuntimeError):
-        preprocess(job, stop)
+    with pytest.raises(KeyboardInterrupt):
+        preprocess(job, StopAfter(1))
     mmc4.add_image("new.png")
     mmc4.add_shard(shards[0].name, [record(["Replaced."], [("new.png", 0, 0.5)])])
     summary = preprocess(job)
     assert summary.corpus.image_source(0) == f"{shards[0].name}:1 image 0 (new.png)"
 
 
-def test_killed_runs_end_in_the_same_bytes(mmc4, shards, tokenizer_path, tmp_path):
-    """The tool, with two workers, is killed with its whole process group at five moments, then run to its end."""
-    preprocess(config(mmc4, shards, tokenizer_path, tmp_path / "whole"))
-    command = tool(mmc4, shards, tokenizer_path, tmp_path / "corpus", "--num-workers", "2")
-    for wait in range(1, 6):
-        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
-        for _ in range(wait):
-            process.stderr.readline()
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        if (tmp_path / "corpus").exists():
-            break
-        # The lock ends with the last process of the group, a moment after the kill.
-        time.sleep(0.2)
-    if not (tmp_path / "corpus").exists():
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+def test_changed_rules_for_images_do_not_mix_with_what_is_finished(mmc4, shards, tokenizer_path, tmp_path):
+    preprocess(config(mmc4, shards, tokenizer_path, tmp_path / "whole", resize_short_side=8))
+    with pytest.raises(KeyboardInterrupt):
+        preprocess(config(mmc4, shards, tokenizer_path, tmp_path / "corpus"), StopAfter(2))
+    summary = preprocess(config(mmc4, shards, tokenizer_path, tmp_path / "corpus", resize_short_side=8))
     assert tree_hash(tmp_path / "corpus") == tree_hash(tmp_path / "whole")
+    assert summary.totals.resized_images > 0
+    assert summary.corpus.manifest["image_processing"] == {
+        "check_images": "header",
+        "resize_short_side": 8,
+        "jpeg_quality": 90,
+    }
+
+
+def test_a_tokenizer_that_changes_meanwhile_is_found(mmc4, shards, tokenizer_path, tmp_path):
+    model = tmp_path / "t.model"
+    model.write_bytes(tokenizer_path.read_bytes())
+    other = train_tokenizer(["another text about nothing"], tmp_path / "other.model", 290)
+    with pytest.raises(ConfigError, match=f"other.model has changed while it was in use: .* {other.fingerprint[:16]}"):
+        load_tokenizer(tmp_path / "other.model", Tokenizer.load(model).fingerprint)
 
 
 def tool(mmc4, shards, tokenizer_path, output, *more: str) -> list[str]:
@@ -217,7 +196,7 @@ def test_the_tool_prints_a_summary_and_refuses_to_overwrite(mmc4, shards, tokeni
     command = tool(mmc4, shards, tokenizer_path, tmp_path / "corpus")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "documents" in done.stdout
-    assert "[5/5]" in done.stderr
+    assert done.stderr == ""
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert again.returncode == 1
     assert "use --overwrite" in again.stderr
@@ -323,10 +302,49 @@ def test_inputs_are_checked_before_anything_is_read(mmc4, shards, tokenizer_path
         config(mmc4, [*shards, mmc4.path / "absent.jsonl"], tokenizer_path, tmp_path / "corpus")
     with pytest.raises(ConfigError, match="more than once: docs_shard_0_v2.jsonl"):
         config(mmc4, [*shards, mmc4.path / "images" / ".." / shards[0].name], tokenizer_path, tmp_path / "corpus")
-    with pytest.raises(ConfigError, match="is not a folder"):
-        PreprocessConfig(
-            input=tuple(shards), image_root=tmp_path / "no", tokenizer_model=tokenizer_path, output=tmp_path / "corpus"
-        )
+    given = {"input": tuple(shards), "tokenizer_model": tokenizer_path, "output": tmp_path / "corpus"}
+    with pytest.raises(ConfigError, match="is not a folder, and not a .tar file"):
+        PreprocessConfig(**given, image_root=tmp_path / "no")
+    with pytest.raises(ConfigError, match="image_root is not given; shards of format mmc4 name images"):
+        PreprocessConfig(**given)
+    with pytest.raises(ConfigError, match="no input: give --input"):
+        PreprocessConfig(**given | {"input": ()}, image_root=mmc4.images)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "mmc5"}, "format = 'mmc5' is unknown; known are .*mmc4"),
+        ({"num_workers": 0}, "num_workers = 0; at least 1"),
+        ({"ray_address": "auto"}, "ray_address = auto has no meaning for engine local"),
+        ({"max_rejected_image_share": 1.5}, r"= 1.5 is outside \[0, 1\]"),
+        ({"max_image_pixels": 0}, "image limits must be at least 1"),
+        ({"resize_short_side": -1}, "resize_short_side = -1 is negative"),
+        ({"jpeg_quality": 101}, r"jpeg_quality = 101 is outside \[1, 100\]"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(mmc4, shards, tokenizer_path, tmp_path, change, message):
+    with pytest.raises(ConfigError, match=message):
+        config(mmc4, shards, tokenizer_path, tmp_path / "corpus", **change)
+
+
+def test_a_format_that_brings_its_images_needs_no_folder(mmc4, tokenizer_path, tmp_path, monkeypatch):
+    """A format of this test's own: one document per file, which is the image."""
+
+    def read(path: Path, name: str):
+        data, source = path.read_bytes(), Source(name, 1)
+        image = ImageSegment("itself", 0, 0, 1.0, ImageKind.MATCHED, data)
+        unread = ImageSegment("elsewhere", 1, 0, 1.0, ImageKind.MATCHED)
+        yield Document((TextSegment("One."),), (image, unread), source)
+
+    monkeypatch.setitem(FORMATS, "picture", Format(read, brings_images=True, suffixes=(".png",)))
+    data = mmc4.add_image("a.png")
+    given = {"input": (mmc4.images / "a.png",), "tokenizer_model": tokenizer_path, "format": "picture"}
+    summary = preprocess(PreprocessConfig(**given, output=tmp_path / "corpus"))
+    assert summary.corpus.image_bytes(0) == data
+    assert summary.totals.rejected_images == {"missing file": 1}
+    with pytest.raises(ConfigError, match="shards of format picture bring their images; leave it out"):
+        PreprocessConfig(**given, output=tmp_path / "corpus", image_root=mmc4.images)
 
 
 def test_inputs_of_equal_name_are_told_apart():
