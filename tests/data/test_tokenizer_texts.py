@@ -32,5 +32,5 @@ def test_any_format_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert list(texts) == ["content of a.p", "a.p", "content of b.q", "b.q"]
     with pytest.raises(ConfigError, match=r"c.jsonl is neither of format plain \(.p, .q\) nor .txt"):
         list(training_texts([tmp_path / "c.jsonl"], 10, "plain"))
-    with pytest.raises(ConfigError, match="format = 'mmc5' is unknown; known are mmc4, plain"):
+    with pytest.raises(ConfigError, match="format = 'mmc5' is unknown; known are .*mmc4, .*plain"):
         list(training_texts([tmp_path / "a.p"], 10, "mmc5"))
