@@ -193,10 +193,11 @@ class Progress:
         rate = (total.input_bytes + total.image_bytes) / seconds
         share = (before + total.input_bytes) / max(self._input_bytes, 1)
         left = (self._input_bytes - before - total.input_bytes) / max(total.input_bytes, 1) * seconds
+        time_left = f"{duration(left)} left" if total.input_bytes else "time left unknown"
+        # The most important first: a narrow terminal cuts the end off.
         return (
-            f"{min(share, 1):4.0%} | {done:,}/{shards:,} shards | {total.documents:,} documents | "
-            f"{total.images:,} images | {rate / 1e6:,.1f} MB/s | {total.rejects:,} rejects | "
-            + (f"{duration(left)} left" if total.input_bytes else "time left not known yet")
+            f"{min(share, 1):4.0%}, {time_left} | {rate / 1e6:,.1f} MB/s | {done:,}/{shards:,} shards | "
+            f"{total.documents:,} documents, {total.images:,} images, {total.rejects:,} rejects"
         )
 
     def _show_until_stopped(self) -> None:
