@@ -13,6 +13,7 @@ import sys
 import tyro
 
 from lcl_megatron.config.errors import ConfigError
+from lcl_megatron.data.corpus_report import write_report
 from lcl_megatron.data.preprocess import preprocess
 from lcl_megatron.data.preprocess_config import PreprocessConfig
 from lcl_megatron.data.progress import Progress
@@ -22,7 +23,11 @@ def main() -> None:
     """Read the flags, write the corpus, print progress to stderr and the summary to stdout."""
     try:
         config = tyro.cli(PreprocessConfig, description=__doc__)
-        print(preprocess(config, Progress(sys.stderr)))
+        summary = preprocess(config, Progress(sys.stderr))
+        print(summary)
+        page = config.output.with_name(f"{config.output.name}.statistics.html")
+        write_report(summary.corpus, page)
+        print(f"statistics: {page}")
     except (ConfigError, OSError) as error:
         sys.exit(f"error: {error}")
 

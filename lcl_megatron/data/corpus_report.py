@@ -97,10 +97,7 @@ def _source_table(corpus: Corpus, documents: np.ndarray) -> Html:
     return element("details", element("summary", title), table(("source", "number", "documents"), rows))
 
 
-def _duplicates(corpus: Corpus, duplicates: Duplicates | None) -> Iterator[Html]:
-    if duplicates is None:
-        yield element("p", "Not known: this corpus holds no hashes of its images.")
-        return
+def _duplicates(corpus: Corpus, duplicates: Duplicates) -> Iterator[Html]:
     repeated = duplicates.compared - duplicates.distinct
     of_all = f"a sample of {duplicates.compared:,} images" if duplicates.is_sample else f"all {duplicates.compared:,}"
     copies = duplicates.copies

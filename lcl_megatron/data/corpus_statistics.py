@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,7 +105,7 @@ class CorpusStatistics:
     """Documents with a similar image."""
     images: ImageStatistics
     """Counts over all images."""
-    duplicates: Duplicates | None
+    duplicates: Duplicates
     """Equal images; None for a corpus without hashes of its images."""
     rejects: tuple[RejectReason, ...]
     """What was left out, the most frequent reason first."""
@@ -189,14 +188,12 @@ def _add_images(statistics: ImageStatistics, corpus: Corpus, images: slice, min_
     return good
 
 
-def _find_duplicates(corpus: Corpus) -> Duplicates | None:
+def _find_duplicates(corpus: Corpus) -> Duplicates:
     """Compare the images' hashes, of a large corpus those below a limit: a fair sample, with all copies of an image."""
-    hashes = getattr(corpus, "image_hash", None)
-    if hashes is None:
-        return None
     parts = -(-corpus.num_images // MAX_HASHES)
     found = _OccurrenceCount()
-    for begin, chunk in _hash_chunks(hashes):
+    for begin in range(0, corpus.num_images, MAX_HASHES):
+        chunk = np.asarray(corpus.image_hash[begin : begin + MAX_HASHES])
         index = np.flatnonzero(chunk < np.uint64((1 << 64) // parts)) if parts > 1 else np.arange(len(chunk))
         found.add(chunk[index], begin + index)
     _, first, counts = found.result()
@@ -210,13 +207,6 @@ def _find_duplicates(corpus: Corpus) -> Duplicates | None:
         copies=copies,
         most_frequent=tuple((int(first[i]), int(counts[i])) for i in top if counts[i] > 1),
     )
-
-
-def _hash_chunks(hashes: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield first image and hashes as uint64, the first 8 bytes of longer ones."""
-    for begin in range(0, len(hashes), MAX_HASHES):
-        chunk = np.ascontiguousarray(hashes[begin : begin + MAX_HASHES])
-        yield begin, np.ascontiguousarray(chunk.view(np.uint8).reshape(len(chunk), -1)[:, :8]).view(np.uint64)[:, 0]
 
 
 class _OccurrenceCount:
