@@ -27,7 +27,7 @@ from lcl_megatron.data.order import Stream, keyed_uniforms
 
 CROP_TRIES = 10
 """Random crops tried before the central one is taken (torchvision)."""
-BAND_PIXELS = 1 << 20
+BAND_PIXELS = 1 << 18
 """Pixels of Pillow's that are converted at once; a large image is then never there twice in full."""
 
 
