@@ -27,9 +27,16 @@ from lcl_megatron.data.images import Box, TrainingTransform, empty_images
 
 MAX_BATCH = 64
 """Images of one run of DALI's graph."""
-FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "PPM", "JPEG2000", "WEBP")
-"""What DALI decodes to the same RGB as Pillow, as long as it has 8 bits a channel."""
-MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
+MODES = {
+    "JPEG": {"RGB"},
+    "PNG": {"1", "L", "LA", "P", "RGB", "RGBA"},
+    "BMP": {"1", "L", "P", "RGB", "RGBA"},
+    "TIFF": {"L", "RGB", "RGBA"},
+    "PPM": {"1", "L", "RGB"},
+    "JPEG2000": {"L", "RGB", "RGBA"},
+    "WEBP": {"RGB", "RGBA"},
+}
+"""Formats, and Pillow's names of their pixel formats, that DALI decodes to the same RGB as Pillow."""
 TAIL = 4096
 """Bytes at the end of a file among which its end marker must be; some writers add a little behind it."""
 MIN_FAILURES = 8
@@ -98,14 +105,15 @@ class DaliDecoder:
 
     def _candidates(self, data: Sequence[bytes], keys: Sequence[int]) -> Iterator[_Candidate]:
         """Yield the images that DALI can probably decode."""
-        for index, (encoded, key) in enumerate(zip(data, keys, strict=True)):
+        draws = self._transform.draw(keys)
+        for index, (encoded, key, draw) in enumerate(zip(data, keys, draws, strict=True)):
             try:
                 header = read_header(encoded, self._transform.limits)
             except ImageError:
                 continue
             if can_decode(encoded, header):
-                box = self._transform.box(int(key), header.height, header.width)
-                yield _Candidate(index, encoded, int(key), header.memory, box)
+                box = self._transform.box(key, header.height, header.width, draw)
+                yield _Candidate(index, encoded, key, header.memory, box)
 
     def _run(self, chunk: Sequence[_Candidate]) -> tuple[list[int], Tensor]:
         """Decode images together, or else one by one; return which were decoded, and their pixels."""
@@ -137,7 +145,7 @@ def can_decode(data: bytes, header: ImageHeader) -> bool:
 
     A file that lacks its end is not: it would fail the images beside it, and Pillow says why.
     """
-    if header.format not in FORMATS or header.mode not in MODES:
+    if header.mode not in MODES.get(header.format, ()):
         return False
     if header.format == "JPEG":
         return header.plain_jpeg and data.rfind(b"\xff\xd9", -TAIL) >= 0

@@ -16,7 +16,7 @@ from typing import Protocol
 from torch import Tensor
 
 from lcl_megatron.data.image_probe import ImageError, read_header
-from lcl_megatron.data.images import TrainingTransform, blank_image, empty_images
+from lcl_megatron.data.images import TrainingTransform, blank_image, decode_crop, empty_images, resize_into
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,23 @@ class SingleImageDecoder:
         self._budget = MemoryBudget(transform.max_memory)
         self._blank = blank_image(transform.size)
 
-    def __call__(self, pixels: Tensor, data: bytes, key: int) -> str | None:
-        """Fill ``pixels``, (3, size, size) uint8 channels last; return what is wrong with the image, if anything."""
+    def __call__(self, pixels: Tensor, data: bytes, key: int, first_draw: Sequence[float] | None = None) -> str | None:
+        """Decode one image.
+
+        Args:
+            pixels: (3, size, size) uint8, channels last in memory; is overwritten.
+            data: Encoded image.
+            key: Image key.
+            first_draw: See ``TrainingTransform.box``.
+
+        Returns:
+            What is wrong with the image; None if nothing is.
+        """
         try:
             header = read_header(data, self._transform.limits)
             with self._budget.hold(header.memory):
-                self._transform.decode_into(pixels, data, header, key)
+                box = self._transform.box(key, header.height, header.width, first_draw)
+                resize_into(pixels, decode_crop(data, header, box))
         except ImageError as error:
             pixels.numpy()[:] = self._blank.numpy()
             return str(error)
@@ -125,6 +136,7 @@ class CpuDecoder:
     def __init__(self, transform: TrainingTransform, num_threads: int = 0, pin: bool = False) -> None:
         self.size = transform.size
         """Side of the pixels."""
+        self._transform = transform
         self._decode = SingleImageDecoder(transform)
         self._pin = pin
         self._num_threads = num_threads
@@ -134,7 +146,8 @@ class CpuDecoder:
     def submit(self, encoded: EncodedImages, keys: Sequence[int]) -> PendingImages:
         """Begin to decode a batch; without threads, decode it."""
         pixels = empty_images(len(encoded), self.size, self._pin)
-        batch = _Batch(pixels, encoded, keys, self._decode, self._closed)
+        crops = list(zip(keys, self._transform.draw(keys), strict=True))
+        batch = _Batch(pixels, encoded, crops, self._decode, self._closed)
         if self._pool is None:
             batch.work()
         else:
@@ -155,14 +168,14 @@ class _Batch:
         self,
         pixels: Tensor,
         encoded: EncodedImages,
-        keys: Sequence[int],
+        crops: Sequence[tuple[int, Sequence[float]]],
         decode: SingleImageDecoder,
         closed: threading.Event,
     ) -> None:
         self.workers: list[Future[None]] = []
         self._pixels = pixels
         self._encoded = encoded
-        self._keys = keys
+        self._crops = crops
         self._decode = decode
         self._closed = closed
         self._errors: list[str | None] = [None] * len(encoded)
@@ -173,7 +186,7 @@ class _Batch:
         for index in self._indices:
             if self._closed.is_set():
                 return
-            self._errors[index] = self._decode(self._pixels[index], self._encoded[index], self._keys[index])
+            self._errors[index] = self._decode(self._pixels[index], self._encoded[index], *self._crops[index])
 
     def result(self) -> DecodedImages:
         """Wait for all workers; raises the error of the first one that has one."""

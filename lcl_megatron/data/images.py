@@ -12,6 +12,7 @@ Nothing here uses torch's threads, so that many threads can decode at once witho
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from lcl_megatron.config.image import BLANK_PIXEL
 from lcl_megatron.data.image_probe import ImageError, ImageHeader, ImageLimits, open_image, read_header
-from lcl_megatron.data.order import Stream, keyed_uniforms
+from lcl_megatron.data.order import Stream, keyed_hash, keyed_uniforms
 
 CROP_TRIES = 10
 """Random crops tried before the central one is taken (torchvision)."""
@@ -76,22 +77,28 @@ class TrainingTransform:
             ImageError: If the image cannot be decoded or is too large.
         """
         (pixels,) = empty_images(1, self.size)
-        self.decode_into(pixels, data, read_header(data, self.limits), key)
+        header = read_header(data, self.limits)
+        resize_into(pixels, decode_crop(data, header, self.box(key, header.height, header.width)))
         return pixels
 
-    def decode_into(self, pixels: Tensor, data: bytes, header: ImageHeader, key: int) -> None:
-        """Decode, crop and resize into ``pixels``, (3, size, size) uint8 channels last; arguments and errors as above.
+    def draw(self, keys: Sequence[int]) -> list[list[float]]:
+        """Return the random numbers of the first try of ``box`` for many keys, which is cheaper than one by one."""
+        hashes = keyed_hash(self.seed, Stream.CROP, np.array(keys, dtype=np.int64)[:, None], 0, np.arange(4))
+        return ((hashes >> np.uint64(11)) / (1 << 53)).tolist()
 
-        Raises:
-            ImageError: If the image cannot be decoded.
+    def box(self, key: int, height: int, width: int, first_draw: Sequence[float] | None = None) -> Box:
+        """Return the crop of an image of some size, as torchvision's ``RandomResizedCrop.get_params`` draws it.
+
+        Args:
+            key: Image key.
+            height: Of the image, in pixels.
+            width: Of the image, in pixels.
+            first_draw: What ``draw`` returned for the key, if it was asked.
         """
-        resize_into(pixels, decode_crop(data, header, self.box(key, header.height, header.width)))
-
-    def box(self, key: int, height: int, width: int) -> Box:
-        """Return the crop of an image of some size, as torchvision's ``RandomResizedCrop.get_params`` draws it."""
         low, high = math.log(self.crop_ratio[0]), math.log(self.crop_ratio[1])
         for attempt in range(CROP_TRIES):
-            u_area, u_ratio, u_top, u_left = keyed_uniforms(4, self.seed, Stream.CROP, key, attempt)
+            draw = first_draw if attempt == 0 else None
+            u_area, u_ratio, u_top, u_left = draw or keyed_uniforms(4, self.seed, Stream.CROP, key, attempt)
             area = height * width * (self.crop_scale[0] + (self.crop_scale[1] - self.crop_scale[0]) * u_area)
             ratio = math.exp(low + (high - low) * u_ratio)
             w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
