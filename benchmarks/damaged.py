@@ -170,6 +170,6 @@ def _large_jpeg() -> bytes:
 @functools.cache
 def _many_scans() -> bytes:
     """Return a progressive JPEG that refines the same coefficients 3,000 times."""
-    data = intact(7)
+    data = intact(len(SIDES))  # the smallest of the second format
     last = data.rindex(b"\xff\xda")
-    return data[:last] + (data[last:-2] * 3000)[:4_000_000] + data[-2:]
+    return data[:last] + data[last:-2] * 3000 + data[-2:]

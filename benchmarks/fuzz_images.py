@@ -44,6 +44,8 @@ IMAGES_PER_DOCUMENT = 4
 """Of which every second one is damaged."""
 SIZE = 224
 NUM_LATENTS = 8
+ROWS = 2
+"""Rows of a step: few, so that finished pixels are a small part of the memory."""
 IMAGE_BITS = 40
 """Bits of an image key that hold the image's index, counted from 1."""
 SECONDS_PER_IMAGE = 10.0
@@ -102,7 +104,7 @@ class Fuzz:
             num_workers=self.num_workers,
             image_backend=self.backend,
         )
-        loader = StepLoader(Plan(corpus, config, NUM_LATENTS, 8, 8, 1, seed=self.seed), 0, SIZE)
+        loader = StepLoader(Plan(corpus, config, NUM_LATENTS, ROWS, ROWS, 1, seed=self.seed), 0, SIZE)
         idle = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
         keys, digests, ok, bad = [], [], [], []
         begin = time.perf_counter()

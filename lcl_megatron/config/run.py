@@ -40,7 +40,7 @@ class DataConfig:
     """Aspect ratio of the random crop (OpenCLIP)."""
     max_image_pixels: int = 64_000_000
     """Images with more pixels are not decoded."""
-    max_decode_megabytes: int = 400
+    max_decode_megabytes: int = 350
     """Memory that a rank spends on images in the middle of decoding; an image that needs more is not decoded."""
     max_bad_image_rate: float = 0.1
     """Stop when more than this share of the last 1,000 images could not be decoded."""

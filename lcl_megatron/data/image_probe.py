@@ -43,7 +43,7 @@ class ImageLimits:
 
     max_pixels: int = 64_000_000
     """Images with more pixels are not decoded."""
-    max_memory: int = 400_000_000
+    max_memory: int = 350_000_000
     """Images that would take more bytes to decode are not decoded."""
 
 

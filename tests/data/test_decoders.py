@@ -34,8 +34,8 @@ BACKENDS = [
     pytest.param("dali_cpu", marks=needs_dali),
     pytest.param("dali", marks=[needs_dali, pytest.mark.gpu]),
 ]
-DALI_MEAN_TOLERANCE = 1.0
-"""Of 255. Seen on the CPU: 0.4; the GPU's decoder adds its own rounding."""
+DALI_MEAN_TOLERANCE = 1.5
+"""Of 255, for each image. Seen on the CPU: 0.2, and 1.0 for dithered black and white."""
 
 
 def shades() -> Image.Image:
@@ -152,7 +152,6 @@ def test_dali_decodes_what_it_is_given_and_leaves_the_rest() -> None:
         ("TIFF", "LA"),
         ("TIFF", "P"),
         ("WEBP", "RGB"),
-        ("WEBP", "RGBA"),
     ]
 
 
@@ -181,7 +180,7 @@ def test_what_libjpeg_warns_of_is_for_pillow_to_judge() -> None:
     outcomes = set()
     for _ in range(200):
         damaged = np.frombuffer(data, dtype=np.uint8).copy()
-        damaged[rng.integers(len(data) // 4, len(data), rng.integers(1, 30))] ^= 1 << rng.integers(8)
+        damaged[rng.integers(len(data) // 4, len(data), rng.integers(1, 30))] ^= np.uint8(1 << rng.integers(8))
         try:
             with Image.open(io.BytesIO(damaged.tobytes())) as image:
                 expected = np.asarray(image.convert("RGB"))
