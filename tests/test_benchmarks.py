@@ -159,3 +159,18 @@ def test_gpu_measures_steps_and_ceilings(monkeypatch: pytest.MonkeyPatch, capsys
     # No step runs faster than its fastest matrix products alone.
     assert 0 < figures["tflops"] < max(report["product_tflops"].values())
     assert min(report["attention_tflops"].values()) > 0
+
+
+def test_images_compares_with_openclip_and_webdataset(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """On images so small that every crop is enlarged, and on larger ones, of which none is."""
+    pytest.importorskip("webdataset")
+    flags = ["--images", "4", "--rounds", "1", "--sizes", "120", "480"]
+    lines, result = run("images.py", flags, monkeypatch, capsys)
+    assert lines[0].startswith("120 px, ")
+    for size in (120, 480):
+        speeds = result[f"images_per_s_{size}"], result[f"reference_{size}"]
+        assert result[f"speedup_{size}"] == pytest.approx(speeds[0] / speeds[1])
+    assert result["max_abs_diff"] <= 1
+    assert result["max_abs_diff_enlarged"] <= 2
+    ends = [result["end_to_end_speedup_120"], result["end_to_end_speedup_480"]]
+    assert result["end_to_end_speedup"] == pytest.approx(sum(ends) / 2)

@@ -9,6 +9,9 @@ from typing import Literal
 from lcl_megatron.config.errors import require, require_positive
 from lcl_megatron.config.model import LanguageConfig, LossConfig, PoolConfig, VisionConfig
 
+ImageBackend = Literal["auto", "cpu", "dali", "dali_cpu"]
+"""Values of ``data.image_backend``."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -51,16 +54,22 @@ class DataConfig:
     """Aspect ratio of the random crop (OpenCLIP)."""
     max_image_pixels: int = 64_000_000
     """Images with more pixels are not decoded."""
+    max_decode_megabytes: int = 350
+    """Memory that a rank spends on images in the middle of decoding; an image that needs more is not decoded."""
     max_bad_image_rate: float = 0.1
     """Stop when more than this share of the last 1,000 images could not be decoded."""
+    image_backend: ImageBackend = "auto"
+    """What decodes images: ``cpu``; ``dali`` = on the GPU; ``dali_cpu`` = DALI without a GPU, for comparison; ``auto``
+    = ``dali`` where DALI and a GPU are present, else ``cpu``."""
     num_workers: int = 2
-    """Loader processes per rank; 0 = decode in the training process."""
+    """Threads per rank that decode images, beside one that composes rows; 0 = the training thread does both."""
     prefetch_factor: int = 2
-    """Steps each loader process prepares ahead."""
+    """Steps prepared ahead."""
 
     def __post_init__(self) -> None:
         require(self.seq_length >= 2, f"data.seq_length = {self.seq_length}; at least 2 tokens are needed")
-        require_positive(self, "data", "max_images_per_document", "max_image_pixels", "prefetch_factor")
+        require_positive(self, "data", "max_images_per_document", "max_image_pixels")
+        require_positive(self, "data", "max_decode_megabytes", "prefetch_factor")
         for name in ("max_images_per_row", "max_images_per_micro_batch", "num_workers"):
             value = getattr(self, name)
             require(value >= 0, f"data.{name} = {value}; it must not be negative")

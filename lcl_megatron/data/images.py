@@ -1,37 +1,35 @@
 """Encoded bytes to uint8 pixels: the OpenCLIP transforms, with every random number a hash of the image's key.
 
-The header is read and judged before anything is decoded, so that a small file cannot ask for gigabytes. Decoding is
-Pillow's; the resize is ``torch.nn.functional.interpolate`` on uint8 with antialias, which agrees with Pillow's own
-resize within 1/255 (2/255 where it enlarges) and is several times as fast. Images become RGB *before* the resize:
-Pillow resizes palettes by nearest neighbour and premultiplies alpha, so that OpenCLIP's order gives visibly other
-pixels for GIF and RGBA files. EXIF orientation is ignored, as in OpenCLIP.
+JPEG is decoded by libjpeg-turbo (simplejpeg), to the same pixels as Pillow does; what it finds fault with, and all
+other formats, is Pillow's. The resize is torch's on uint8 with antialias, which agrees with Pillow's own resize within
+1/255 (2/255 where it enlarges) and is several times as fast. Images become RGB *before* the resize: Pillow resizes
+palettes by nearest neighbour and premultiplies alpha, so that OpenCLIP's order gives visibly other pixels for GIF and
+RGBA files. EXIF orientation is ignored, as in OpenCLIP.
+
+Nothing here uses torch's threads, so that many threads can decode at once without a second crowd of threads.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import simplejpeg
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
-from torch.nn import functional
 
 from lcl_megatron.config.image import BLANK_PIXEL
-from lcl_megatron.data.order import Stream, keyed_uniforms
+from lcl_megatron.data.image_probe import ImageError, ImageHeader, ImageLimits, open_image, read_header
+from lcl_megatron.data.order import Stream, keyed_hash, keyed_uniforms
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-"""What is decoded, by Pillow's names. Pillow's other decoders are rarely used, hence rarely attacked."""
 CROP_TRIES = 10
 """Random crops tried before the central one is taken (torchvision)."""
-
-
-class ImageError(ValueError):
-    """An image that cannot be shown to the model; the message says why, without the source."""
+BAND_PIXELS = 1 << 18
+"""Pixels of Pillow's that are converted at once; a large image is then never there twice in full."""
 
 
 class Box(NamedTuple):
@@ -55,8 +53,15 @@ class TrainingTransform:
     """Area of the crop, as a share of the image."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Width / height of the crop."""
-    max_pixels: int = 64_000_000
+    max_pixels: int = ImageLimits.max_pixels
     """Images with more pixels are not decoded."""
+    max_memory: int = ImageLimits.max_memory
+    """Images that would take more bytes to decode are not decoded."""
+
+    @property
+    def limits(self) -> ImageLimits:
+        """What an image may ask for."""
+        return ImageLimits(self.max_pixels, self.max_memory)
 
     def __call__(self, data: bytes, key: int) -> Tensor:
         """Decode, crop and resize.
@@ -66,21 +71,34 @@ class TrainingTransform:
             key: Image key, which stands for image and epoch.
 
         Returns:
-            (3, size, size) uint8, RGB.
+            (3, size, size) uint8, RGB, channels last in memory.
 
         Raises:
             ImageError: If the image cannot be decoded or is too large.
         """
-        pixels = decode_rgb(data, self.max_pixels)
-        box = self.box(key, *pixels.shape[:2])
-        cropped = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
-        return resize(cropped, self.size, self.size)
+        (pixels,) = empty_images(1, self.size)
+        header = read_header(data, self.limits)
+        resize_into(pixels, decode_crop(data, header, self.box(key, header.height, header.width)))
+        return pixels
 
-    def box(self, key: int, height: int, width: int) -> Box:
-        """Return the crop of an image of some size, as torchvision's ``RandomResizedCrop.get_params`` draws it."""
+    def draw(self, keys: Sequence[int]) -> list[list[float]]:
+        """Return the random numbers of the first try of ``box`` for many keys, which is cheaper than one by one."""
+        hashes = keyed_hash(self.seed, Stream.CROP, np.array(keys, dtype=np.int64)[:, None], 0, np.arange(4))
+        return ((hashes >> np.uint64(11)) / (1 << 53)).tolist()
+
+    def box(self, key: int, height: int, width: int, first_draw: Sequence[float] | None = None) -> Box:
+        """Return the crop of an image of some size, as torchvision's ``RandomResizedCrop.get_params`` draws it.
+
+        Args:
+            key: Image key.
+            height: Of the image, in pixels.
+            width: Of the image, in pixels.
+            first_draw: What ``draw`` returned for the key, if it was asked.
+        """
         low, high = math.log(self.crop_ratio[0]), math.log(self.crop_ratio[1])
         for attempt in range(CROP_TRIES):
-            u_area, u_ratio, u_top, u_left = keyed_uniforms(4, self.seed, Stream.CROP, key, attempt)
+            draw = first_draw if attempt == 0 else None
+            u_area, u_ratio, u_top, u_left = draw or keyed_uniforms(4, self.seed, Stream.CROP, key, attempt)
             area = height * width * (self.crop_scale[0] + (self.crop_scale[1] - self.crop_scale[0]) * u_area)
             ratio = math.exp(low + (high - low) * u_ratio)
             w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
@@ -94,7 +112,7 @@ class TrainingTransform:
         return Box((height - h) // 2, (width - w) // 2, h, w)
 
 
-def evaluation_image(data: bytes, size: int, max_pixels: int = 64_000_000) -> Tensor:
+def evaluation_image(data: bytes, size: int, max_pixels: int = ImageLimits.max_pixels) -> Tensor:
     """Decode, resize the shorter side to ``size`` and cut out the centre (OpenCLIP's evaluation transform).
 
     Args:
@@ -119,7 +137,7 @@ def evaluation_image(data: bytes, size: int, max_pixels: int = 64_000_000) -> Te
     return resized[:, top : top + size, left : left + size].contiguous()
 
 
-def decode_rgb(data: bytes, max_pixels: int) -> np.ndarray:
+def decode_rgb(data: bytes, max_pixels: int = ImageLimits.max_pixels) -> np.ndarray:
     """Decode an image after a look at its header.
 
     Args:
@@ -130,36 +148,70 @@ def decode_rgb(data: bytes, max_pixels: int) -> np.ndarray:
         (height, width, 3) uint8. An animation gives its first frame, 16-bit grey its upper 8 bits (rounded).
 
     Raises:
-        ImageError: If it cannot be decoded completely, or is larger than ``max_pixels``.
+        ImageError: If it cannot be decoded completely, or asks for too much.
     """
-    if not data:
-        raise ImageError("no bytes")
+    header = read_header(data, ImageLimits(max_pixels))
+    return decode_crop(data, header, Box(0, 0, header.height, header.width))
+
+
+def decode_crop(data: bytes, header: ImageHeader, box: Box) -> np.ndarray:
+    """Decode a part of an image, (box.height, box.width, 3) uint8, contiguous.
+
+    The whole image is decoded: pixels near a border of the box do not depend on where it is.
+
+    Raises:
+        ImageError: If any part of the image cannot be decoded.
+    """
     try:
-        with warnings.catch_warnings():
-            # Pillow refuses 179 million pixels, and warns from half as many on, of which max_pixels is the judge.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-        with image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise ImageError(f"{width} x {height} pixels, more than {max_pixels}")
-            if width * height == 0:
-                raise ImageError(f"{width} x {height} pixels")
-            return _to_rgb(image)
+        if header.plain_jpeg:
+            try:
+                whole = simplejpeg.decode_jpeg(data)
+            except ValueError:  # also for what libjpeg only warns of; Pillow decides how bad it is
+                pass
+            else:
+                bottom, right = box.top + box.height, box.left + box.width
+                return np.ascontiguousarray(whole[box.top : bottom, box.left : right])
+        with open_image(data) as image:
+            if image.size != (header.width, header.height):
+                raise ImageError(f"headers of {header.width} x {header.height} and of {image.width} x {image.height}")
+            return _crop(image, box)
     except ImageError:
         raise
-    except UnidentifiedImageError as error:
-        raise ImageError(f"no image of a known format: {len(data)} bytes that begin with {data[:12]!r}") from error
     except Exception as error:  # decoders of broken bytes raise almost anything: OSError, SyntaxError, struct.error
         raise ImageError(f"cannot be decoded: {type(error).__name__}: {error}") from error
 
 
+def resize_into(resized: Tensor, pixels: np.ndarray) -> None:
+    """Resize by antialiased bicubic interpolation.
+
+    Args:
+        resized: (3, height, width) uint8, channels last in memory; is overwritten.
+        pixels: (h, w, 3) uint8, contiguous.
+    """
+    # What functional.interpolate(mode="bicubic", antialias=True) calls. It has no ``out``, and what it returns is
+    # channels first, which takes the kernel as long as the resize itself.
+    operator = torch.ops.aten._upsample_bicubic2d_aa.out
+    source = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    operator(source, list(resized.shape[1:]), False, None, None, out=resized[None])
+
+
 def resize(pixels: np.ndarray, height: int, width: int) -> Tensor:
     """Resize (h, w, 3) uint8 pixels by antialiased bicubic interpolation to (3, height, width) uint8."""
-    # A copy: torch cannot hold read-only memory, and its fast path wants the crop's channels side by side.
-    image = torch.from_numpy(np.array(pixels, order="C")).permute(2, 0, 1)[None]
-    resized = functional.interpolate(image, size=(height, width), mode="bicubic", antialias=True)
-    return resized[0].contiguous()
+    resized = torch.empty(height, width, 3, dtype=torch.uint8).permute(2, 0, 1)
+    # A copy where needed: torch cannot hold read-only memory.
+    resize_into(resized, np.require(pixels, requirements=("C", "W")))
+    return resized
+
+
+def empty_images(count: int, size: int, pin: bool = False) -> Tensor:
+    """Return (count, 3, size, size) uint8 of any content, channels last in memory.
+
+    Args:
+        count: Number of images.
+        size: Their side.
+        pin: Whether in page-locked memory, from which a GPU copies on its own.
+    """
+    return torch.empty(count, size, size, 3, dtype=torch.uint8, pin_memory=pin).permute(0, 3, 1, 2)
 
 
 def blank_image(size: int) -> Tensor:
@@ -167,11 +219,18 @@ def blank_image(size: int) -> Tensor:
     return torch.tensor(BLANK_PIXEL, dtype=torch.uint8)[:, None, None].expand(3, size, size).contiguous()
 
 
+def _crop(image: Image.Image, box: Box) -> np.ndarray:
+    pixels = np.empty((box.height, box.width, 3), dtype=np.uint8)
+    rows = max(1, BAND_PIXELS // box.width)
+    for begin in range(0, box.height, rows):
+        end = min(begin + rows, box.height)
+        band = image.crop((box.left, box.top + begin, box.left + box.width, box.top + end))
+        pixels[begin:end] = _to_rgb(band)
+    return pixels
+
+
 def _to_rgb(image: Image.Image) -> np.ndarray:
-    """Decode all pixels. Pillow's own conversion of 16-bit grey clips it to 255 instead of scaling it."""
+    """Return what broadcasts to RGB. Pillow's own conversion of 16-bit grey clips it to 255 instead of scaling it."""
     if image.mode.startswith("I;16"):
-        grey = (np.asarray(image).astype(np.uint32) + 128) // 257
-        return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
-    if image.mode in ("I", "F"):
-        raise ImageError(f"pixel format {image.mode!r} has no white: the range of its values is unknown")
-    return np.array(image.convert("RGB"))
+        return ((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8)[:, :, None]
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from lcl_megatron.data.image_folder import ImageFileError, ImageFolder, check_name
-from lcl_megatron.data.images import ImageError, evaluation_image
+from lcl_megatron.data.image_probe import ImageError
+from lcl_megatron.data.images import evaluation_image
 
 COLUMNS = ("image_name", "split", "label")
 """Columns that ``labels.csv`` must have."""

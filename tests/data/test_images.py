@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from lcl_megatron.config.image import BLANK_PIXEL
+from lcl_megatron.data.image_probe import ImageError
 from lcl_megatron.data.images import (
     Box,
-    ImageError,
     TrainingTransform,
     blank_image,
     decode_rgb,

@@ -1,11 +1,12 @@
-"""Oracles: the same steps made in this process without a loader; processes that are killed, and bytes that are cut."""
+"""Oracles: the same steps made image by image without a loader; bytes that are cut; the list of living threads."""
 
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
-import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from tests.data.corpora import NUM_LATENTS, WrittenCorpus, random_documents, wri
 
 CONFIG = DataConfig(seq_length=96, max_images_per_document=3, num_workers=0)
 SIZE = 28
+ROOT = Path(__file__).parents[2]
 SEED = 5
 
 
@@ -66,7 +68,11 @@ def make_directly(corpus: Corpus, step: int, dp_rank: int) -> list[PackedBatch]:
     return batches
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 5 worker processes")
+def threads() -> list[str]:
+    """Names of the loader's threads."""
+    return [t.name for t in threading.enumerate() if t.name.startswith(("image-decoder", "step-planner"))]
+
+
 @pytest.mark.parametrize("num_workers", [0, 1, 2, 5])
 def test_steps_come_in_order_whatever_the_number_of_workers(written: WrittenCorpus, num_workers: int) -> None:
     loader = StepLoader(make_plan(written.corpus, num_workers), 1, SIZE, start_step=2, end_step=10)
@@ -142,7 +148,7 @@ def with_bad_images(documents: list[EncodedDocument]) -> list[EncodedDocument]:
     return broken
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [0, 3])
 def test_bad_images_are_blank_and_named_and_change_nothing_else(
     tmp_path: Path, written: WrittenCorpus, num_workers: int
 ) -> None:
@@ -175,46 +181,87 @@ def test_bad_images_are_blank_and_named_and_change_nothing_else(
     assert num_bad > 10
 
 
-def test_killed_worker_ends_the_loop_with_a_clear_error(written: WrittenCorpus) -> None:
-    steps = iter(StepLoader(make_plan(written.corpus, 1), 0, SIZE))
-    next(steps)
-    workers = multiprocessing.active_children()
-    assert workers
-    for worker in workers:
-        assert worker.pid is not None
-        os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match=r"a loader process died .*lower --num-workers"):
-        read(steps, 20)
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("name", ["tokens", "images"])
 def test_damaged_corpus_ends_the_loop_with_its_own_error(
-    tmp_path: Path, written: WrittenCorpus, num_workers: int
+    tmp_path: Path, written: WrittenCorpus, num_workers: int, name: str
 ) -> None:
     corpus = write(tmp_path, written.documents).corpus
     plan = make_plan(corpus, num_workers)
     steps = iter(StepLoader(plan, 0, SIZE))
     next(steps)
-    os.truncate(corpus.path / "tokens.bin", 0)
-    with pytest.raises(CorpusError, match=r"tokens.bin ends inside sequence"):
+    os.truncate(corpus.path / f"{name}.bin", 0)
+    with pytest.raises(CorpusError, match=rf"{name}.bin ends inside sequence"):
         read(steps, 20)
+    assert threads() == []
 
 
-def test_leaving_the_loop_early_ends_the_workers(written: WrittenCorpus) -> None:
+def test_steps_behind_the_next_ones_are_not_begun(written: WrittenCorpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``prefetch_factor`` bounds what is ahead: after the third step, the fourth and fifth are prepared, no sixth."""
+    plan = make_plan(written.corpus, 2)
+    asked: list[int] = []
+    original = plan.step
+    monkeypatch.setattr(plan, "step", lambda step, first_row: asked.append(step) or original(step, first_row))
+    steps = iter(StepLoader(plan, 0, SIZE))
+    assert read(steps, 3)[-1].step == 2
+    steps.close()
+    assert asked == sorted(asked)
+    assert max(asked) <= 4
+
+
+def fail_in_a_loop_over(steps: Iterator[StepBatch]) -> None:
+    for step in steps:
+        raise ZeroDivisionError(step.step)
+
+
+@pytest.mark.parametrize("end", ["close", "forget", "raise"])
+def test_leaving_the_loop_early_ends_the_threads(written: WrittenCorpus, end: str) -> None:
     steps = iter(StepLoader(make_plan(written.corpus, 2), 0, SIZE))
     read(steps, 3)
-    assert len(multiprocessing.active_children()) == 2
-    del steps
-    assert multiprocessing.active_children() == []
+    assert sorted({name[:5] for name in threads()}) == ["image", "step-"]
+    if end == "close":
+        steps.close()
+    elif end == "forget":
+        del steps
+    else:
+        with pytest.raises(ZeroDivisionError):
+            fail_in_a_loop_over(steps)
+        del steps
+    assert threads() == []
 
 
-def test_a_step_of_many_micro_batches_takes_few_file_descriptors(written: WrittenCorpus) -> None:
-    """Each tensor by itself would take one: 32 micro-batches x 13 tensors x 2 steps ahead."""
-    steps = iter(StepLoader(make_plan(written.corpus, 1, (32, 1, 1)), 0, SIZE))
-    before = len(os.listdir("/proc/self/fd"))
-    held = read(steps, 3)
-    assert len(os.listdir("/proc/self/fd")) - before < 32
-    assert len(held[0].micro_batches) == 32
+def test_threads_end_with_the_steps(written: WrittenCorpus) -> None:
+    assert len(list(StepLoader(make_plan(written.corpus, 3), 0, SIZE, end_step=5))) == 5
+    assert threads() == []
+
+
+def test_process_ends_with_a_loader_in_use(written: WrittenCorpus) -> None:
+    """A process of its own, killed after a minute: the loader is a global that nobody closes."""
+    program = f"""
+import dataclasses
+from tests.data.test_loader import SIZE, Corpus, StepLoader, make_plan
+steps = iter(StepLoader(make_plan(Corpus.open({str(written.corpus.path)!r}), 2), 0, SIZE))
+print(next(steps).step)
+raise SystemExit(3)
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "0\n", "")
+
+
+def test_image_backend_that_does_not_run_here_is_refused(
+    written: WrittenCorpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = dataclasses.replace(CONFIG, image_backend="dali")
+    plan = Plan(written.corpus, config, NUM_LATENTS, 8, 2, 2, SEED)
+    monkeypatch.setattr("lcl_megatron.data.image_backend.has_dali", lambda: True)
+    with pytest.raises(ConfigError, match="needs a CUDA device, and there is none; set --image-backend cpu"):
+        StepLoader(plan, 0, SIZE)
+    monkeypatch.setattr("lcl_megatron.data.image_backend.has_dali", lambda: False)
+    with pytest.raises(ConfigError, match=r"pip install 'lcl_megatron\[dali\]', or set --image-backend cpu"):
+        StepLoader(plan, 0, SIZE)
+    assert next(iter(StepLoader(plan, 0, SIZE, with_images=False))).micro_batches[0].images is None
 
 
 def test_rank_that_does_not_exist_is_refused(written: WrittenCorpus) -> None:

@@ -14,6 +14,7 @@ import torch
 from lcl_megatron.config import RunConfig
 from lcl_megatron.data.batch import PackedBatch
 from lcl_megatron.data.collate import collate_rows
+from lcl_megatron.data.image_decoder import CpuDecoder
 from lcl_megatron.data.images import TrainingTransform
 from lcl_megatron.data.loader import StepLoader, add_images
 from lcl_megatron.data.plan import Plan
@@ -65,7 +66,7 @@ def batches(config: RunConfig, written: WrittenCorpus) -> tuple[PackedBatch, Pac
         crop_ratio=config.data.crop_ratio,
         max_pixels=config.data.max_image_pixels,
     )
-    unpacked, bad = add_images(collate_rows(plan.sequence, alone), plan.sequence, transform)
+    unpacked, bad = add_images(collate_rows(plan.sequence, alone), plan.sequence, CpuDecoder(transform))
     assert bad == []
     return packed, unpacked
 

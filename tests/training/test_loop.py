@@ -220,8 +220,8 @@ def test_sigterm_to_one_of_two_ranks_stops_both_with_a_checkpoint(corpus: Path, 
     check_stopped(process, log, tmp_path)
 
 
-def test_sigterm_to_the_whole_job_spares_the_loader_until_the_step_is_done(tmp_path: Path) -> None:
-    """As Slurm sends it: to the training process, its loader processes and their server alike.
+def test_sigterm_to_the_whole_job_while_the_loader_decodes(tmp_path: Path) -> None:
+    """As Slurm sends it: to all processes of the group.
 
     The images are large, so that the training process is waiting for its loader when the signal comes.
     """
@@ -234,7 +234,6 @@ def test_sigterm_to_the_whole_job_spares_the_loader_until_the_step_is_done(tmp_p
     data.preprocess()
     process, log = start(endless(data.corpus, tmp_path, num_workers=2, micro_batch_size=4), tmp_path)
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    assert len(family) >= 4
     os.killpg(process.pid, signal.SIGTERM)
     check_stopped(process, log, tmp_path)
     _, alive = psutil.wait_procs(family, PATIENCE_S)
