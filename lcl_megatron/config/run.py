@@ -58,7 +58,7 @@ class DataConfig:
     """Memory that a rank spends on images in the middle of decoding; an image that needs more is not decoded."""
     max_bad_image_rate: float = 0.1
     """Stop when more than this share of the last 1,000 images could not be decoded."""
-    image_backend: ImageBackend = "auto"
+    image_backend: ImageBackend = "cpu"
     """What decodes images: ``cpu``; ``dali`` = on the GPU; ``dali_cpu`` = DALI without a GPU, for comparison; ``auto``
     = ``dali`` where DALI and a GPU are present, else ``cpu``."""
     num_workers: int = 2

@@ -17,7 +17,8 @@ from lcl_megatron.data.corpus import Corpus
 from lcl_megatron.data.corpus_drawings import document_drawings, image_drawings, share
 from lcl_megatron.data.corpus_statistics import CorpusStatistics, Duplicates, RejectReason, read_statistics
 from lcl_megatron.data.document import ImageKind
-from lcl_megatron.data.images import ImageError, decode_rgb
+from lcl_megatron.data.image_probe import ImageError
+from lcl_megatron.data.images import decode_rgb
 from lcl_megatron.data.page import Html, cards, counted, element, jpeg_image, table, write_page
 
 NUM_EXAMPLES = 6

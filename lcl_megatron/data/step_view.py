@@ -17,6 +17,7 @@ from torch import Tensor
 from lcl_megatron.config.errors import require
 from lcl_megatron.data.batch import PackedBatch, StepLayout
 from lcl_megatron.data.collate import CollatedRows, collate_rows
+from lcl_megatron.data.image_decoder import CpuDecoder
 from lcl_megatron.data.images import Box, TrainingTransform
 from lcl_megatron.data.loader import add_images
 from lcl_megatron.data.plan import Plan
@@ -242,7 +243,7 @@ class _MicroBatch:
     ) -> _MicroBatch:
         """Read a micro-batch by the functions that the loader calls."""
         collated = collate_rows(plan.sequence, planned)
-        batch, bad = add_images(collated, plan.sequence, transform)
+        batch, bad = add_images(collated, plan.sequence, CpuDecoder(transform))
         return cls(plan, number, planned, transform, collated, batch, bad)
 
     def rows(self) -> Iterator[RowView]:
