@@ -2,6 +2,8 @@
 # make extras       DALI (CPU), ray, webdataset on top: 1 GB; the tests that need them run then
 # make quickstart   pre-train and probe a tiny encoder on this machine
 # make check        what has to pass before a change is proposed: lint and test
+# make bench        all benchmarks that need no GPU; writes their figures into docs/BENCHMARKS.md
+#                   (BENCH_FLAGS="--data-path CORPUS" measures a corpus of your own)
 # make gpu-check    tests and benchmarks on a machine with a GPU, with that machine's own Python
 
 VENV := .venv
@@ -18,7 +20,7 @@ ANSWERS := import sys, urllib.request; urllib.request.urlopen(sys.argv[1] + "/to
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup extras quickstart test lint format check gpu-check clean
+.PHONY: setup extras quickstart test lint format check bench gpu-check clean
 
 setup: $(VENV)/.installed
 
@@ -53,6 +55,9 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 check: lint test
+
+bench: extras
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run_all.py $(BENCH_FLAGS)
 
 gpu-check:
 	$(PYTHON) -m pytest --quiet -m gpu

@@ -1,6 +1,6 @@
 """One look for all drawings on pages.
 
-matplotlib is imported where something is drawn: a training or loader process that draws nothing need not load it.
+matplotlib is imported where something is drawn: a training process that draws nothing need not load it.
 Figures are made without pyplot, which would keep them alive and may ask for a display.
 """
 

@@ -12,7 +12,7 @@ r"""The ``.bin`` / ``.idx`` pair of megatron-core's ``IndexedDataset``, read and
     int64[d]  first sequence of each document; the last entry is n
 
 megatron-core reads these files. This module does not use its reader: that one opens a truncated ``.bin`` without
-a word, returns uninitialised memory for what is missing, and imports torch into every loader process.
+a word, returns uninitialised memory for what is missing, and imports torch.
 """
 
 from __future__ import annotations
