@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lcl_megatron.config.errors import require
-from lcl_megatron.data.compose import ComposedDocuments, Composer
+from lcl_megatron.data.compose import WINDOW_SEED, ComposedDocuments, Composer
 from lcl_megatron.data.order import Stream, keyed_hash, permute
 from lcl_megatron.data.packing import DocumentClasses, one_per_row, pack
 from lcl_megatron.data.row_table import PatternTable, RowTable, WindowTable
@@ -19,8 +19,6 @@ CHUNK_DOCUMENTS = 1 << 20
 """Documents that are looked at together; bounds the memory of a build."""
 WINDOW_DOCUMENTS = 8192
 """Documents that are composed together while windows are cut."""
-WINDOW_ORDER_SEED = 0
-"""The order of concatenation is the same for every run, so that its table can be kept; rows are shuffled per run."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def _document_dtype(keys: list[np.ndarray]) -> np.dtype:
 
 def _windows(composer: Composer, keys: list[np.ndarray]) -> RowTable:
     used = np.concatenate([np.flatnonzero(chunk) + number * CHUNK_DOCUMENTS for number, chunk in enumerate(keys)])
-    key = int(keyed_hash(WINDOW_ORDER_SEED, Stream.DOCUMENT_ORDER))
+    key = int(keyed_hash(WINDOW_SEED, Stream.DOCUMENT_ORDER))
     documents = used[permute(np.arange(len(used)), len(used), key)].astype(_document_dtype(keys))
     cutter = _WindowCutter(composer.config.seq_length, composer.span)
     for begin in range(0, len(documents), WINDOW_DOCUMENTS):

@@ -37,6 +37,8 @@ IMAGES_CUT_OFF = "all images behind the cut at seq_length"
 TOO_MANY_IMAGES = "more images than max_images_per_document"
 UNLIMITED = 1 << 60
 """Length at which the tail is cut where it is not: in layout ``window`` a document goes on in the next row."""
+WINDOW_SEED = 0
+"""Seed and epoch of all choices in layout ``window``, whose rows are cut once for all runs and epochs."""
 
 
 @dataclass(frozen=True)
@@ -206,9 +208,7 @@ class Composer:
         documents = np.asarray(documents, dtype=np.int64)
         epochs = np.broadcast_to(np.asarray(epochs, dtype=np.int64), documents.shape)
         slots = _Slots.of(self.corpus, documents)
-        # The rows of layout ``window`` are cut once for all epochs, so a document must look the same in all of them.
-        choice_epochs = np.zeros_like(epochs) if self.config.layout == "window" else epochs
-        owner, images, slot = self._choose_images(documents, choice_epochs, slots)
+        owner, images, slot = self._choose_images(documents, epochs, slots)
         first_image = np.searchsorted(owner, np.arange(len(documents) + 1))
         rank = np.arange(len(images)) - first_image[owner]
         text_before = slots.text_ends(owner, slot) - slots.lengths[slot]
@@ -290,15 +290,17 @@ class Composer:
         if len(images) == 0:
             return owner, images, segment
 
-        epoch = epochs[owner]
+        # The rows of layout ``window`` are cut once for all epochs and seeds: a document must look the same in all.
+        is_window = config.layout == "window"
+        seed, epoch = (WINDOW_SEED, np.full(len(owner), WINDOW_SEED)) if is_window else (self.seed, epochs[owner])
         # An inline image is alone in its group; matched ones share one per sentence.
         group = np.where(matched, segment, len(slots.lengths) + np.arange(len(images)))
-        chosen = _smallest(group, keyed_hash(self.seed, Stream.SENTENCE_IMAGE, epoch, images), 1)
+        chosen = _smallest(group, keyed_hash(seed, Stream.SENTENCE_IMAGE, epoch, images), 1)
         owner, images, segment, matched, epoch = (array[chosen] for array in (owner, images, segment, matched, epoch))
-        choice = keyed_hash(self.seed, Stream.IMAGE_CHOICE, epoch, images)
+        choice = keyed_hash(seed, Stream.IMAGE_CHOICE, epoch, images)
         chosen = _smallest(owner, choice, config.max_images_per_document)
         owner, images, segment, matched, epoch = (array[chosen] for array in (owner, images, segment, matched, epoch))
-        after = matched & (keyed_hash(self.seed, Stream.PLACEMENT, epoch, images) >> np.uint64(63) == 1)
+        after = matched & (keyed_hash(seed, Stream.PLACEMENT, epoch, images) >> np.uint64(63) == 1)
         slot = segment + after
         # Two images may meet at one slot: the one behind the sentence before it stands first.
         order = np.lexsort((images, ~after, slot))

@@ -64,6 +64,13 @@ def test_what_decides_rows_has_its_own_table_and_the_seed_has_not(written: Writt
     assert len(folders(written)) == 2
 
 
+@pytest.mark.parametrize("layout", ["packed", "pad", "window"])
+def test_a_table_kept_by_another_seed_is_the_one_that_would_be_built(written: WrittenCorpus, layout: str) -> None:
+    open_table(composer(written.corpus, layout=layout))
+    other = Composer(written.corpus, DataConfig(seq_length=96, layout=layout), NUM_LATENTS, 77)
+    assert_same(open_table(other), build_table(other))
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "missing array", "empty", "bad json"])
 def test_a_damaged_table_is_built_again(written: WrittenCorpus, damage: str, caplog: Any) -> None:
     expected = build_table(composer(written.corpus))
