@@ -167,6 +167,11 @@ class Composer:
         """How many documents there are to compose, those that are left out included."""
         return self.corpus.num_documents
 
+    @property
+    def most_images(self) -> int:
+        """Images that a document can show at most, by the rules and by the length of a row."""
+        return min(self.config.max_images_per_document, (self.max_length - 2) // self.span)
+
     def document_source(self, document: int) -> str:
         """Return where what is composed comes from."""
         return self.corpus.document_source(document)
@@ -196,7 +201,8 @@ class Composer:
             before = corpus.text_tokens_before(borders[owner] + segment) - text_begins[owner]
             can_stand = owner[1 + before + self.span < self.max_length]
             reasons[IMAGES_CUT_OFF] = np.bincount(can_stand, minlength=end - begin) == 0
-        return DocumentSizes.of(np.minimum(lengths, self.max_length), num_images, reasons)
+        lengths, num_images = np.minimum(lengths, self.max_length), np.minimum(num_images, self.most_images)
+        return DocumentSizes.of(lengths, num_images, reasons)
 
     def compose(self, documents: np.ndarray, epochs: np.ndarray | int) -> ComposedDocuments:
         """Return lengths, images and targets of documents; no token is read.

@@ -186,7 +186,8 @@ class SourceRows:
     @cached_property
     def means(self) -> tuple[float, float]:
         """Images and tokens of a row, on average."""
-        counts = self.read(0, min(SAMPLED_ROWS, self.num_rows), np.arange(self.num_rows)).counts
+        count = min(SAMPLED_ROWS, self.num_rows)
+        counts = self.read(0, count, np.arange(count)).counts
         return float(counts.num_images.mean()), float(counts.num_tokens.mean())
 
     def read(self, first: int, count: int, indices: np.ndarray) -> RowBlock:
