@@ -51,12 +51,14 @@ class RowSequence:
         seed: Seed of the run.
 
     Raises:
-        ConfigError: If tokenizers differ, or a corpus gives no rows (see ``SourceRows``).
+        ConfigError: If tokenizers differ, a corpus is there twice or has too small a share to be read, or a corpus
+            gives no rows (see ``SourceRows``).
     """
 
     def __init__(self, corpora: Sequence[Corpus], config: DataConfig, num_latents: int, seed: int) -> None:
         _check_tokenizers(corpora)
         views = config.view if len(config.view) > 1 else config.view * len(corpora)
+        _check_distinct(corpora, views)
         self.config = config
         self.seed = seed
         self.num_latents = num_latents
@@ -146,9 +148,24 @@ class RowSequence:
             total = sum(source.num_rows for source in self.sources)
             scale = 1 if total < 1 << TICK_BITS else SHARE_STEPS / total
             return [max(1, round(source.num_rows * scale)) for source in self.sources]
-        column = ("images", "tokens").index(self.config.mixture_by)
-        rows = [weight / source.means[column] for weight, source in zip(weights, self.sources, strict=True)]
-        return [round(SHARE_STEPS * share / sum(rows)) for share in rows]
+        unit = self.config.mixture_by
+        means = [source.means[("images", "tokens").index(unit)] for source in self.sources]
+        for source, mean in zip(self.sources, means, strict=True):
+            require(
+                mean > 0,
+                f"the rows of {source.corpus.path} show no images: all stand behind the cut at data.seq_length = "
+                f"{self.config.seq_length}, so it can have no share of images; raise --seq-length, or set "
+                "--mixture-by tokens",
+            )
+        rows = [weight / mean for weight, mean in zip(weights, means, strict=True)]
+        rates = [round(SHARE_STEPS * share / sum(rows)) for share in rows]
+        for source, rate in zip(self.sources, rates, strict=True):
+            require(
+                rate > 0,
+                f"data.mixture_weights = {weights}: {source.corpus.path} would give less than one of {2 * SHARE_STEPS} "
+                f"rows to have that share of {unit}; raise its weight, or leave it out",
+            )
+        return rates
 
 
 class _Reordered(Sequence[PlannedRow]):
@@ -183,3 +200,16 @@ def _check_tokenizers(corpora: Sequence[Corpus]) -> None:
                 f"{first.path} ({first.tokenizer.fingerprint}): their token ids mean different text; preprocess one "
                 "of them again with the other's tokenizer.model"
             )
+
+
+def _check_distinct(corpora: Sequence[Corpus], views: Sequence[str]) -> None:
+    """Refuse a corpus that is there twice: its rows would come in pairs, and images be contrasted with their copies."""
+    seen: dict[tuple[str, str], Corpus] = {}
+    for corpus, view in zip(corpora, views, strict=True):
+        other = seen.get((corpus.fingerprint, view))
+        if other is not None:
+            raise ConfigError(
+                f"{corpus.path} holds the same documents as {other.path}, in the same view {view!r}: each of its rows "
+                "would come twice, side by side; give it once, with a greater weight in --mixture-weights"
+            )
+        seen[corpus.fingerprint, view] = corpus
