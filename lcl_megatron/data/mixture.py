@@ -1,8 +1,9 @@
 """The endless sequence of rows of a run: one corpus, or several mixed row by row in fixed shares.
 
 Shares are of images or of tokens. A corpus's share of rows follows from what its rows hold on average; rows of all
-corpora, and within each corpus rows with many and with few images, alternate evenly. So every stretch of a thousand
-rows has the shares that were asked for, and so has the whole run.
+corpora, and within each corpus rows with many and with few images, alternate evenly. So every stretch of rows has the
+shares that were asked for, to within what a few rows hold: a thousand rows to less than one percent, unless a share
+hangs on few rows that hold much more than the others.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from lcl_megatron.config.errors import ConfigError, require
 from lcl_megatron.data.compose import concatenate_ranges
 from lcl_megatron.data.even_order import TICK_BITS, EvenMerge
 from lcl_megatron.data.rows import EpochStatistics, PlannedRow, RowBlock, RowCounts, SourceRows
+from lcl_megatron.data.table_cache import TABLE_VERSION
 
 if TYPE_CHECKING:
     from lcl_megatron.config.run import DataConfig
@@ -87,7 +89,8 @@ class RowSequence:
         """All that decides the sequence, by name: only under an equal one do consumed rows mean the same."""
         settings = {f"data.{name}": str(getattr(self.config, name)) for name in ORDER_FIELDS}
         corpora = {f"corpus {i}": source.corpus.fingerprint for i, source in enumerate(self.sources)}
-        return {**corpora, "training.seed": str(self.seed), "latents per image": str(self.num_latents), **settings}
+        other = {"training.seed": self.seed, "latents per image": self.num_latents, "version of rows": TABLE_VERSION}
+        return {**corpora, **{name: str(value) for name, value in other.items()}, **settings}
 
     @property
     def fingerprint(self) -> str:

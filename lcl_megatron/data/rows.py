@@ -20,7 +20,7 @@ from lcl_megatron.data.even_order import even_step
 from lcl_megatron.data.order import Stream, keyed_hash, permute
 from lcl_megatron.data.pairs import PairComposer
 from lcl_megatron.data.row_table import RowPieces
-from lcl_megatron.data.table_cache import open_table, table_key
+from lcl_megatron.data.table_cache import open_table
 
 if TYPE_CHECKING:
     from lcl_megatron.config.run import DataConfig
@@ -177,11 +177,6 @@ class SourceRows:
     def num_rows(self) -> int:
         """Rows of an epoch."""
         return self.table.num_rows
-
-    @property
-    def key(self) -> str:
-        """Hash (hex) of all that decides which rows there are, but not of their order."""
-        return table_key(self.composer)
 
     @cached_property
     def means(self) -> tuple[float, float]:

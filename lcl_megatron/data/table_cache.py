@@ -44,7 +44,8 @@ TABLE_FIELDS = (
 )
 """Fields of ``DataConfig`` that decide which rows there are."""
 TABLE_VERSION = 2
-"""Goes up when the same documents give other rows."""
+"""Goes up when the same documents give other rows, or rows in another order: tables are built again, and runs begun
+under another version are not continued."""
 CACHED_DOCUMENTS = 1 << 20
 """A corpus of fewer documents is looked through in less than a second, and nothing is written for it."""
 KINDS = {kind.__name__: kind for kind in (PatternTable, WindowTable)}

@@ -16,6 +16,7 @@ from lcl_megatron.data.corpus_part import EncodedDocument
 from lcl_megatron.data.corpus_writer import write_corpus
 from lcl_megatron.data.document import ImageKind, Source
 from lcl_megatron.data.mixture import RowSequence
+from lcl_megatron.data.table_cache import TABLE_VERSION
 from lcl_megatron.data.tokenizer import train_tokenizer
 from tests.data.corpora import NUM_LATENTS, WrittenCorpus, random_documents, stored_image, tiny_tokenizer, write
 
@@ -146,6 +147,7 @@ def test_a_corpus_that_is_there_twice_is_refused_unless_in_another_view(corpora:
 def test_description_names_corpora_and_settings(corpora: list[Corpus]) -> None:
     one, two = make(corpora), make(corpora[::-1])
     assert one.description["corpus 1"] == corpora[1].fingerprint
+    assert one.description["version of rows"] == str(TABLE_VERSION)
     assert one.fingerprint != two.fingerprint
     assert make(corpora, mixture_weights=(1.0, 1.0, 2.0)).fingerprint != one.fingerprint
 
