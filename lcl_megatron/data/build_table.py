@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lcl_megatron.config.errors import require
-from lcl_megatron.data.compose import ComposedDocuments, Composer
+from lcl_megatron.data.compose import WINDOW_SEED, ComposedDocuments, Composer
 from lcl_megatron.data.order import Stream, keyed_hash, permute
 from lcl_megatron.data.packing import DocumentClasses, one_per_row, pack
 from lcl_megatron.data.row_table import PatternTable, RowTable, WindowTable
@@ -19,8 +19,6 @@ CHUNK_DOCUMENTS = 1 << 20
 """Documents that are looked at together; bounds the memory of a build."""
 WINDOW_DOCUMENTS = 8192
 """Documents that are composed together while windows are cut."""
-WINDOW_ORDER_SEED = 0
-"""The order of concatenation is the same for every run, so that its table can be kept; rows are shuffled per run."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +37,12 @@ def build_table(composer: Composer) -> BuiltTable:
     Raises:
         ConfigError: If no document is left, or a document fits into no row.
     """
-    budget, most = composer.config.max_images_per_row, composer.config.max_images_per_document
+    budget, most = composer.config.max_images_per_row, composer.most_images
     require(
         budget == 0 or composer.config.layout != "packed" or budget >= most,
-        f"data.max_images_per_row = {budget} is less than data.max_images_per_document = {most}: a document "
-        "could fit into no row; raise the one, lower the other, or set --max-images-per-row 0",
+        f"data.max_images_per_row = {budget} is less than the images of a document, up to {most} with "
+        f"data.max_images_per_document = {composer.config.max_images_per_document}: it could fit into no row; raise "
+        "the one, lower the other, or set --max-images-per-row 0",
     )
     keys, left_out = _size_keys(composer)
     require(
@@ -60,10 +59,10 @@ def _size_keys(composer: Composer) -> tuple[list[np.ndarray], dict[str, int]]:
 
     In layout ``window`` lengths play no part: the number is 1.
     """
-    factor = composer.config.max_images_per_document + 1
+    factor = composer.most_images + 1
     is_window = composer.config.layout == "window"
-    largest = composer.config.seq_length * factor + factor
-    dtype = np.dtype(np.uint8 if is_window else np.uint16 if largest < 1 << 16 else np.uint32)
+    # The fewest bytes: of all that a build holds, this is the most.
+    dtype = np.min_scalar_type(1 if is_window else composer.config.seq_length * factor + factor)
 
     def measure(begin: int) -> tuple[np.ndarray, dict[str, int]]:
         sizes = composer.sizes(begin, min(composer.num_documents, begin + CHUNK_DOCUMENTS))
@@ -82,7 +81,7 @@ def _size_keys(composer: Composer) -> tuple[list[np.ndarray], dict[str, int]]:
 
 def _patterns(composer: Composer, keys: list[np.ndarray]) -> RowTable:
     config = composer.config
-    factor = config.max_images_per_document + 1
+    factor = composer.most_images + 1
     counts = np.zeros(config.seq_length * factor + factor, dtype=np.int64)
     for chunk in keys:
         counts += np.bincount(chunk, minlength=len(counts))
@@ -92,7 +91,8 @@ def _patterns(composer: Composer, keys: list[np.ndarray]) -> RowTable:
     if config.layout == "pad":
         patterns = one_per_row(classes)
     else:
-        patterns = pack(classes, config.seq_length, config.max_images_per_row)
+        # More than a row can hold is no limit, but would cost as much time as it is large.
+        patterns = pack(classes, config.seq_length, min(config.max_images_per_row, config.seq_length // composer.span))
     return PatternTable.of(classes, patterns, _sorted_documents(keys, counts), config.seq_length)
 
 
@@ -117,9 +117,15 @@ def _document_dtype(keys: list[np.ndarray]) -> np.dtype:
 
 
 def _windows(composer: Composer, keys: list[np.ndarray]) -> RowTable:
-    used = np.concatenate([np.flatnonzero(chunk) + number * CHUNK_DOCUMENTS for number, chunk in enumerate(keys)])
-    key = int(keyed_hash(WINDOW_ORDER_SEED, Stream.DOCUMENT_ORDER))
-    documents = used[permute(np.arange(len(used)), len(used), key)].astype(_document_dtype(keys))
+    dtype = _document_dtype(keys)
+    used = np.concatenate(
+        [(np.flatnonzero(chunk) + number * CHUNK_DOCUMENTS).astype(dtype) for number, chunk in enumerate(keys)]
+    )
+    key = int(keyed_hash(WINDOW_SEED, Stream.DOCUMENT_ORDER))
+    documents = np.empty_like(used)
+    for begin in range(0, len(used), CHUNK_DOCUMENTS):
+        places = np.arange(begin, min(len(used), begin + CHUNK_DOCUMENTS))
+        documents[places] = used[permute(places, len(used), key)]
     cutter = _WindowCutter(composer.config.seq_length, composer.span)
     for begin in range(0, len(documents), WINDOW_DOCUMENTS):
         cutter.add(composer.compose(documents[begin : begin + WINDOW_DOCUMENTS], 0))

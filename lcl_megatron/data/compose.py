@@ -37,6 +37,8 @@ IMAGES_CUT_OFF = "all images behind the cut at seq_length"
 TOO_MANY_IMAGES = "more images than max_images_per_document"
 UNLIMITED = 1 << 60
 """Length at which the tail is cut where it is not: in layout ``window`` a document goes on in the next row."""
+WINDOW_SEED = 0
+"""Seed and epoch of all choices in layout ``window``, whose rows are cut once for all runs and epochs."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,11 @@ class Composer:
         """How many documents there are to compose, those that are left out included."""
         return self.corpus.num_documents
 
+    @property
+    def most_images(self) -> int:
+        """Images that a document can show at most, by the rules and by the length of a row."""
+        return min(self.config.max_images_per_document, (self.max_length - 2) // self.span)
+
     def document_source(self, document: int) -> str:
         """Return where what is composed comes from."""
         return self.corpus.document_source(document)
@@ -194,7 +201,8 @@ class Composer:
             before = corpus.text_tokens_before(borders[owner] + segment) - text_begins[owner]
             can_stand = owner[1 + before + self.span < self.max_length]
             reasons[IMAGES_CUT_OFF] = np.bincount(can_stand, minlength=end - begin) == 0
-        return DocumentSizes.of(np.minimum(lengths, self.max_length), num_images, reasons)
+        lengths, num_images = np.minimum(lengths, self.max_length), np.minimum(num_images, self.most_images)
+        return DocumentSizes.of(lengths, num_images, reasons)
 
     def compose(self, documents: np.ndarray, epochs: np.ndarray | int) -> ComposedDocuments:
         """Return lengths, images and targets of documents; no token is read.
@@ -206,9 +214,7 @@ class Composer:
         documents = np.asarray(documents, dtype=np.int64)
         epochs = np.broadcast_to(np.asarray(epochs, dtype=np.int64), documents.shape)
         slots = _Slots.of(self.corpus, documents)
-        # The rows of layout ``window`` are cut once for all epochs, so a document must look the same in all of them.
-        choice_epochs = np.zeros_like(epochs) if self.config.layout == "window" else epochs
-        owner, images, slot = self._choose_images(documents, choice_epochs, slots)
+        owner, images, slot = self._choose_images(documents, epochs, slots)
         first_image = np.searchsorted(owner, np.arange(len(documents) + 1))
         rank = np.arange(len(images)) - first_image[owner]
         text_before = slots.text_ends(owner, slot) - slots.lengths[slot]
@@ -290,15 +296,17 @@ class Composer:
         if len(images) == 0:
             return owner, images, segment
 
-        epoch = epochs[owner]
+        # The rows of layout ``window`` are cut once for all epochs and seeds: a document must look the same in all.
+        is_window = config.layout == "window"
+        seed, epoch = (WINDOW_SEED, np.full(len(owner), WINDOW_SEED)) if is_window else (self.seed, epochs[owner])
         # An inline image is alone in its group; matched ones share one per sentence.
         group = np.where(matched, segment, len(slots.lengths) + np.arange(len(images)))
-        chosen = _smallest(group, keyed_hash(self.seed, Stream.SENTENCE_IMAGE, epoch, images), 1)
+        chosen = _smallest(group, keyed_hash(seed, Stream.SENTENCE_IMAGE, epoch, images), 1)
         owner, images, segment, matched, epoch = (array[chosen] for array in (owner, images, segment, matched, epoch))
-        choice = keyed_hash(self.seed, Stream.IMAGE_CHOICE, epoch, images)
+        choice = keyed_hash(seed, Stream.IMAGE_CHOICE, epoch, images)
         chosen = _smallest(owner, choice, config.max_images_per_document)
         owner, images, segment, matched, epoch = (array[chosen] for array in (owner, images, segment, matched, epoch))
-        after = matched & (keyed_hash(self.seed, Stream.PLACEMENT, epoch, images) >> np.uint64(63) == 1)
+        after = matched & (keyed_hash(seed, Stream.PLACEMENT, epoch, images) >> np.uint64(63) == 1)
         slot = segment + after
         # Two images may meet at one slot: the one behind the sentence before it stands first.
         order = np.lexsort((images, ~after, slot))

@@ -165,6 +165,20 @@ class Corpus:
         before = np.asarray(self._tokens.pointers)[np.minimum(segments, self.num_segments - 1)] // itemsize
         return np.where(segments < self.num_segments, before, total)
 
+    def image_documents(self, images: np.ndarray) -> np.ndarray:
+        """Return the document of each image, int64 of the same shape, by bisection.
+
+        ``np.searchsorted`` would copy all borders first: behind the index's header of 33 bytes nothing is aligned.
+        """
+        borders = np.asarray(self.document_images)
+        low = np.zeros(images.shape, dtype=np.int64)
+        high = np.full(images.shape, self.num_documents, dtype=np.int64)
+        for _ in range(self.num_documents.bit_length()):
+            middle = (low + high) // 2
+            is_above = borders[middle] <= images
+            low, high = np.where(is_above, middle, low), np.where(is_above, high, middle)
+        return low
+
     def segment_tokens(self, segment: int) -> np.ndarray:
         """Return the token ids of a text segment (numbered over the whole corpus), (length,) int32.
 
@@ -192,7 +206,7 @@ class Corpus:
 
     def image_source(self, image: int) -> str:
         """Return where an image comes from: ``docs_shard_7.jsonl:1312 image 3 (a1b2.jpg)``."""
-        document = int(np.searchsorted(self.document_images, image, side="right")) - 1
+        document = int(self.image_documents(np.array(image)))
         name = self._names.read_bytes(image).decode("utf-8")
         return f"{self.document_source(document)} image {self._image_number[image]} ({name})"
 

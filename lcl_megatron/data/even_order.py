@@ -50,7 +50,8 @@ class EvenMerge:
     """The merged order of endless streams.
 
     Args:
-        rates: Items that each stream gives per period, at least 0 and below 2**31; not all 0.
+        rates: Items that each stream gives per period, at least 0; their sum is from 1 to 2**31 - 1. Positions are
+            below 2**32 periods.
     """
 
     def __init__(self, rates: Sequence[int] | np.ndarray) -> None:

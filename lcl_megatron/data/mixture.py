@@ -1,8 +1,9 @@
 """The endless sequence of rows of a run: one corpus, or several mixed row by row in fixed shares.
 
 Shares are of images or of tokens. A corpus's share of rows follows from what its rows hold on average; rows of all
-corpora, and within each corpus rows with many and with few images, alternate evenly. So every stretch of a thousand
-rows has the shares that were asked for, and so has the whole run.
+corpora, and within each corpus rows with many and with few images, alternate evenly. So every stretch of rows has the
+shares that were asked for, to within what a few rows hold: a thousand rows to less than one percent, unless a share
+hangs on few rows that hold much more than the others.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from lcl_megatron.config.errors import ConfigError, require
 from lcl_megatron.data.compose import concatenate_ranges
 from lcl_megatron.data.even_order import TICK_BITS, EvenMerge
 from lcl_megatron.data.rows import EpochStatistics, PlannedRow, RowBlock, RowCounts, SourceRows
+from lcl_megatron.data.table_cache import TABLE_VERSION
 
 if TYPE_CHECKING:
     from lcl_megatron.config.run import DataConfig
@@ -51,12 +53,14 @@ class RowSequence:
         seed: Seed of the run.
 
     Raises:
-        ConfigError: If tokenizers differ, or a corpus gives no rows (see ``SourceRows``).
+        ConfigError: If tokenizers differ, a corpus is there twice or has too small a share to be read, or a corpus
+            gives no rows (see ``SourceRows``).
     """
 
     def __init__(self, corpora: Sequence[Corpus], config: DataConfig, num_latents: int, seed: int) -> None:
         _check_tokenizers(corpora)
         views = config.view if len(config.view) > 1 else config.view * len(corpora)
+        _check_distinct(corpora, views)
         self.config = config
         self.seed = seed
         self.num_latents = num_latents
@@ -85,7 +89,8 @@ class RowSequence:
         """All that decides the sequence, by name: only under an equal one do consumed rows mean the same."""
         settings = {f"data.{name}": str(getattr(self.config, name)) for name in ORDER_FIELDS}
         corpora = {f"corpus {i}": source.corpus.fingerprint for i, source in enumerate(self.sources)}
-        return {**corpora, "training.seed": str(self.seed), "latents per image": str(self.num_latents), **settings}
+        other = {"training.seed": self.seed, "latents per image": self.num_latents, "version of rows": TABLE_VERSION}
+        return {**corpora, **{name: str(value) for name, value in other.items()}, **settings}
 
     @property
     def fingerprint(self) -> str:
@@ -146,9 +151,24 @@ class RowSequence:
             total = sum(source.num_rows for source in self.sources)
             scale = 1 if total < 1 << TICK_BITS else SHARE_STEPS / total
             return [max(1, round(source.num_rows * scale)) for source in self.sources]
-        column = ("images", "tokens").index(self.config.mixture_by)
-        rows = [weight / source.means[column] for weight, source in zip(weights, self.sources, strict=True)]
-        return [round(SHARE_STEPS * share / sum(rows)) for share in rows]
+        unit = self.config.mixture_by
+        means = [source.means[("images", "tokens").index(unit)] for source in self.sources]
+        for source, mean in zip(self.sources, means, strict=True):
+            require(
+                mean > 0,
+                f"the rows of {source.corpus.path} show no images: all stand behind the cut at data.seq_length = "
+                f"{self.config.seq_length}, so it can have no share of images; raise --seq-length, or set "
+                "--mixture-by tokens",
+            )
+        rows = [weight / mean for weight, mean in zip(weights, means, strict=True)]
+        rates = [round(SHARE_STEPS * share / sum(rows)) for share in rows]
+        for source, rate in zip(self.sources, rates, strict=True):
+            require(
+                rate > 0,
+                f"data.mixture_weights = {weights}: {source.corpus.path} would give less than one of {2 * SHARE_STEPS} "
+                f"rows to have that share of {unit}; raise its weight, or leave it out",
+            )
+        return rates
 
 
 class _Reordered(Sequence[PlannedRow]):
@@ -183,3 +203,16 @@ def _check_tokenizers(corpora: Sequence[Corpus]) -> None:
                 f"{first.path} ({first.tokenizer.fingerprint}): their token ids mean different text; preprocess one "
                 "of them again with the other's tokenizer.model"
             )
+
+
+def _check_distinct(corpora: Sequence[Corpus], views: Sequence[str]) -> None:
+    """Refuse a corpus that is there twice: its rows would come in pairs, and images be contrasted with their copies."""
+    seen: dict[tuple[str, str], Corpus] = {}
+    for corpus, view in zip(corpora, views, strict=True):
+        other = seen.get((corpus.fingerprint, view))
+        if other is not None:
+            raise ConfigError(
+                f"{corpus.path} holds the same documents as {other.path}, in the same view {view!r}: each of its rows "
+                "would come twice, side by side; give it once, with a greater weight in --mixture-weights"
+            )
+        seen[corpus.fingerprint, view] = corpus

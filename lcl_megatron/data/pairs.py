@@ -22,6 +22,11 @@ class PairComposer(Composer):
     """Composes pairs. A "document" is an image here, by its index in the corpus."""
 
     @property
+    def most_images(self) -> int:
+        """Images that a pair shows: one."""
+        return 1
+
+    @property
     def num_documents(self) -> int:
         """How many pairs there are to compose, those that are left out included: one per image."""
         return self.corpus.num_images
@@ -35,7 +40,10 @@ class PairComposer(Composer):
         corpus = self.corpus
         text = np.zeros(end - begin, dtype=np.int64)
         matched = np.asarray(corpus.image_kind[begin:end]) == int(ImageKind.MATCHED)
-        segments = self._segments(np.arange(begin, end)[matched])
+        first, last = (int(document) for document in corpus.image_documents(np.array([begin, end - 1])))
+        borders = np.clip(corpus.document_images[first : last + 2], begin, end)
+        documents = np.repeat(np.arange(first, last + 1), np.diff(borders))
+        segments = self._segments(np.arange(begin, end)[matched], documents[matched])
         text[matched] = np.asarray(corpus.segment_lengths)[segments]
         lengths = 2 + text + self.span
         reasons = {
@@ -55,7 +63,7 @@ class PairComposer(Composer):
         """
         images = np.asarray(documents, dtype=np.int64)
         epochs = np.broadcast_to(np.asarray(epochs, dtype=np.int64), images.shape)
-        segments = self._segments(images)
+        segments = self._segments(images, self.corpus.image_documents(images))
         text = np.asarray(self.corpus.segment_lengths)[segments].astype(np.int64)
         after = keyed_hash(self.seed, Stream.PLACEMENT, epochs, images) >> np.uint64(63) == 1
         positions = 1 + np.where(after, text, 0)
@@ -72,8 +80,7 @@ class PairComposer(Composer):
             has_context=after if self.config.context_rule == "content" else np.ones(len(images), dtype=bool),
         )
 
-    def _segments(self, images: np.ndarray) -> np.ndarray:
-        """Return the text segment of each image, numbered over the whole corpus."""
-        corpus = self.corpus
-        documents = np.searchsorted(np.asarray(corpus.document_images), images, side="right") - 1
-        return np.asarray(corpus.document_segments)[documents] + np.asarray(corpus.image_segment)[images]
+    def _segments(self, images: np.ndarray, documents: np.ndarray) -> np.ndarray:
+        """Return the text segment, numbered over the whole corpus, of each image, whose document is known."""
+        segments = np.asarray(self.corpus.image_segment)[images]
+        return np.asarray(self.corpus.document_segments)[documents] + segments

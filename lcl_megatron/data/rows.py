@@ -21,7 +21,7 @@ from lcl_megatron.data.even_order import even_step
 from lcl_megatron.data.order import Stream, keyed_hash, permute
 from lcl_megatron.data.pairs import PairComposer
 from lcl_megatron.data.row_table import RowPieces
-from lcl_megatron.data.table_cache import open_table, table_key
+from lcl_megatron.data.table_cache import open_table
 
 if TYPE_CHECKING:
     from lcl_megatron.config.run import DataConfig
@@ -181,15 +181,11 @@ class SourceRows:
         """Rows of an epoch."""
         return self.table.num_rows
 
-    @property
-    def key(self) -> str:
-        """Hash (hex) of all that decides which rows there are, but not of their order."""
-        return table_key(self.composer)
-
     @cached_property
     def means(self) -> tuple[float, float]:
         """Images and tokens of a row, on average."""
-        counts = self.read(0, min(SAMPLED_ROWS, self.num_rows), np.arange(self.num_rows)).counts
+        count = min(SAMPLED_ROWS, self.num_rows)
+        counts = self.read(0, count, np.arange(count)).counts
         return float(counts.num_images.mean()), float(counts.num_tokens.mean())
 
     def read(self, first: int, count: int, indices: np.ndarray) -> RowBlock:

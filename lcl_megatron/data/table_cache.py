@@ -43,8 +43,9 @@ TABLE_FIELDS = (
     "layout",
 )
 """Fields of ``DataConfig`` that decide which rows there are."""
-TABLE_VERSION = 1
-"""Goes up when the same documents give other rows."""
+TABLE_VERSION = 2
+"""Goes up when the same documents give other rows, or rows in another order: tables are built again, and runs begun
+under another version are not continued."""
 CACHED_DOCUMENTS = 1 << 20
 """A corpus of fewer documents is looked through in less than a second, and nothing is written for it."""
 KINDS = {kind.__name__: kind for kind in (PatternTable, WindowTable)}
@@ -64,22 +65,23 @@ def open_table(composer: Composer) -> BuiltTable:
     if composer.num_documents < CACHED_DOCUMENTS:
         return build_table(composer)
     folder = _cache_folder(composer) / table_key(composer)[:32]
-    found = _load(folder)
+    found, built = _load(folder), None
     if found is not None:
         return found
     try:
-        with _lock(folder):
+        with _lock(folder) as is_alone:
             found = _load(folder)
-            if found is not None:
-                return found
-            logger.info("planning the rows of %s (once; kept in %s)", composer.corpus.path, folder)
-            built = build_table(composer)
-            _store(built, folder)
-            # What was just written is mapped instead of held: memory that processes of this machine share.
-            return _load(folder) or built
+            if found is None:
+                logger.info("planning the rows of %s (once; kept in %s)", composer.corpus.path, folder)
+                built = build_table(composer)
+                if is_alone:
+                    _remove_remains(folder)
+                _store(built, folder)
+                # What was just written is mapped instead of held: memory that processes of this machine share.
+                found = _load(folder)
     except OSError as error:
         logger.warning("cannot keep the table of rows in %s (%s); set data.cache_dir", folder, error)
-        return build_table(composer)
+    return found or built or build_table(composer)
 
 
 def table_key(composer: Composer) -> str:
@@ -96,15 +98,23 @@ def _cache_folder(composer: Composer) -> Path:
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Hold the right to build a table. Where the file system knows no locks, several processes build the same."""
+def _lock(folder: Path) -> Iterator[bool]:
+    """Hold the right to build a table. False where the file system knows no locks: several processes build the same."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".lock"), "wb") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX)
+            is_alone = True
         except OSError:
             logger.info("%s cannot be locked; every process builds its table", stream.name)
-        yield
+            is_alone = False
+        yield is_alone
+
+
+def _remove_remains(folder: Path) -> None:
+    """Delete what processes that were killed had written; the lock says that none is writing now."""
+    for staging in folder.parent.glob(f"{folder.name}.*.tmp"):
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _store(built: BuiltTable, folder: Path) -> None:
@@ -117,12 +127,13 @@ def _store(built: BuiltTable, folder: Path) -> None:
         info = {"kind": type(built.table).__name__, "left_out": built.left_out, "crc32": sums}
         (staging / "table.json").write_text(json.dumps(info), encoding="utf-8")
         os.chmod(staging, 0o755)
-        shutil.rmtree(folder, ignore_errors=True)
         try:
             os.rename(staging, folder)
         except OSError:
-            if not folder.is_dir():  # else another process was faster, with the same content
-                raise
+            # A damaged table is in the way; or, where nothing can be locked, the good one of a faster process.
+            if _load(folder) is None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.rename(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

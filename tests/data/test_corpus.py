@@ -22,9 +22,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 
 from lcl_megatron.config.errors import ConfigError
 from lcl_megatron.data.corpus import CONTENT_FILES, Corpus
-from lcl_megatron.data.corpus_part import EncodedDocument
+from lcl_megatron.data.corpus_part import EncodedDocument, StoredImage
 from lcl_megatron.data.corpus_writer import write_corpus
-from lcl_megatron.data.document import Source
+from lcl_megatron.data.document import ImageKind, ImageSegment, Source
 from lcl_megatron.data.indexed_file import CorpusError
 from lcl_megatron.data.tokenizer import PIECES, Tokenizer, train_tokenizer
 from tests.data.encoded_documents import expected, make_documents, read_documents
@@ -63,6 +63,21 @@ def test_what_was_written_reads_back(corpus: Corpus, documents: list[EncodedDocu
     assert dtypes == ["int64", "int32", "int64", "int32", "float32", "int32", "int32", "uint8", "uint64"]
     assert corpus.segment_tokens(0).dtype == np.int32
     assert sorted(path.name for path in corpus.path.parent.iterdir()) == ["corpus"]
+
+
+def test_the_document_of_an_image_is_found(tmp_path: Path, tokenizer: Tokenizer):
+    for number, counts in enumerate(([0, 3, 0, 0, 1, 2, 0], [1], [0, 4], [2] * 16 + [0] * 16)):
+        documents = [
+            EncodedDocument(
+                [[9]],
+                [StoredImage(ImageSegment("x", i, 0, 1.0, ImageKind.MATCHED), b"x", 1, 1) for i in range(count)],
+                Source("d", line + 1),
+            )
+            for line, count in enumerate(counts)
+        ]
+        corpus = write_corpus(tmp_path / str(number), documents, tokenizer)
+        images = np.random.default_rng(0).integers(0, sum(counts), 50)
+        assert np.array_equal(corpus.image_documents(images), np.repeat(np.arange(len(counts)), counts)[images])
 
 
 @pytest.mark.parametrize("name", ["tokens", "images"])

@@ -12,10 +12,13 @@ import pytest
 from lcl_megatron.config import ConfigError, DataConfig
 from lcl_megatron.data.collate import collate_rows
 from lcl_megatron.data.corpus import Corpus
+from lcl_megatron.data.corpus_part import EncodedDocument
 from lcl_megatron.data.corpus_writer import write_corpus
+from lcl_megatron.data.document import ImageKind, Source
 from lcl_megatron.data.mixture import RowSequence
+from lcl_megatron.data.table_cache import TABLE_VERSION
 from lcl_megatron.data.tokenizer import train_tokenizer
-from tests.data.corpora import NUM_LATENTS, WrittenCorpus, random_documents, tiny_tokenizer, write
+from tests.data.corpora import NUM_LATENTS, WrittenCorpus, random_documents, stored_image, tiny_tokenizer, write
 
 PATHS = ("a", "b", "c")
 CONFIG = DataConfig(seq_length=96, max_images_per_document=3, data_path=PATHS)
@@ -109,9 +112,42 @@ def test_corpora_of_different_tokenizers_are_refused(corpora: list[Corpus], tmp_
         make([], data_path=())
 
 
+def test_a_corpus_that_would_never_be_read_is_refused(corpora: list[Corpus]) -> None:
+    for weights in ((1.0, 1e-9, 1.0), (1.0, 1e-320, 1.0)):
+        with pytest.raises(ConfigError, match=r"corpus2 would give less than one of 2097152 rows .* leave it out"):
+            make(corpora, mixture_weights=weights)
+    sequence = make(corpora, mixture_weights=(1.0, 1e-5, 1.0))
+    assert {row.source for row in sequence.read(0, 300_000).rows} == {0, 1, 2}
+
+
+def test_a_corpus_that_shows_no_image_can_have_a_share_of_tokens_only(corpora: list[Corpus], tmp_path: Path) -> None:
+    """Its image fits into the row before its sentence but not behind it, where half of all seeds put it."""
+    image = stored_image(0, 0, 1.0, ImageKind.MATCHED, b"x")
+    tokenizer = tiny_tokenizer(tmp_path)
+    hidden = write_corpus(tmp_path / "hidden", [EncodedDocument([[9] * 90], [image], Source("d", 1))], tokenizer)
+    alone = dataclasses.replace(CONFIG, data_path=("y",), seq_length=97)
+    is_hidden = [RowSequence([hidden], alone, NUM_LATENTS, s).read(0, 1).counts.num_images[0] == 0 for s in range(20)]
+    assert 0 < sum(is_hidden) < 20
+    seed = is_hidden.index(True)
+    config = dataclasses.replace(alone, data_path=("x", "y"), mixture_weights=(1.0, 1.0))
+    with pytest.raises(ConfigError, match=r"rows of .*hidden show no images: .*seq_length = 97.*--mixture-by tokens"):
+        RowSequence([corpora[0], hidden], config, NUM_LATENTS, seed)
+    by_tokens = dataclasses.replace(config, mixture_by="tokens")
+    assert RowSequence([corpora[0], hidden], by_tokens, NUM_LATENTS, seed).row_shares[1] > 0
+
+
+def test_a_corpus_that_is_there_twice_is_refused_unless_in_another_view(corpora: list[Corpus]) -> None:
+    twice = [corpora[0], corpora[0]]
+    with pytest.raises(ConfigError, match=r"corpus1 holds the same documents as .*corpus1, .* 'interleaved'.* once"):
+        make(twice, data_path=("x", "y"))
+    sequence = make(twice, data_path=("x", "y"), view=("interleaved", "pairs"))
+    assert [len(source.left_out) for source in sequence.sources] == [2, 4]
+
+
 def test_description_names_corpora_and_settings(corpora: list[Corpus]) -> None:
     one, two = make(corpora), make(corpora[::-1])
     assert one.description["corpus 1"] == corpora[1].fingerprint
+    assert one.description["version of rows"] == str(TABLE_VERSION)
     assert one.fingerprint != two.fingerprint
     assert make(corpora, mixture_weights=(1.0, 1.0, 2.0)).fingerprint != one.fingerprint
 

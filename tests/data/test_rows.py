@@ -132,6 +132,21 @@ def test_row_image_budget_holds(written: WrittenCorpus) -> None:
     assert make_rows(written, seq_length=400).table.image_counts.max() > 4
 
 
+def test_limits_beyond_what_a_row_holds_are_no_limits(written: WrittenCorpus) -> None:
+    """(96 - 2) / 6 = 15 images fit a row: tables do not grow with numbers that mean "as many as there are"."""
+    expected = make_rows(written, max_images_per_document=15).table.arrays()
+    found = make_rows(written, max_images_per_document=10**12).table.arrays()
+    for name, array in expected.items():
+        assert np.array_equal(found[name], array), name
+    budgeted = make_rows(written, max_images_per_document=10**12, max_images_per_row=10**12)
+    assert budgeted.statistics().documents == make_rows(written).statistics().documents
+
+
+def test_row_image_budget_of_pairs_is_that_of_their_single_images(written: WrittenCorpus) -> None:
+    source = make_rows(written, "pairs", max_images_per_row=2)
+    assert source.read(0, source.num_rows, np.arange(source.num_rows)).counts.num_images.max() == 2
+
+
 def test_documents_with_too_many_images_are_skipped_if_asked(written: WrittenCorpus) -> None:
     good = [sum(m.segment.similarity > 0.24 for m in d.images) for d in written.documents]
     source = make_rows(written, too_many_images="skip", seq_length=2048)
@@ -193,7 +208,7 @@ def test_pairs_that_are_left_out_are_counted(tmp_path_factory: pytest.TempPathFa
 
 
 def test_impossible_configurations_are_refused(written: WrittenCorpus) -> None:
-    with pytest.raises(ConfigError, match="max_images_per_row = 2 is less than .* = 3"):
+    with pytest.raises(ConfigError, match="max_images_per_row = 2 is less than the images of a document, up to 3 with"):
         make_rows(written, max_images_per_row=2)
     with pytest.raises(ConfigError, match=r"none of the 250 documents of .*min_similarity = 0.9"):
         make_rows(written, min_similarity=0.9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from lcl_megatron.config import DataConfig
 from lcl_megatron.data import table_cache
 from lcl_megatron.data.build_table import BuiltTable, build_table
-from lcl_megatron.data.compose import Composer
+from lcl_megatron.data.compose import Composer, DocumentSizes
 from lcl_megatron.data.corpus import Corpus
 from lcl_megatron.data.table_cache import open_table
 from tests.data.corpora import NUM_LATENTS, WrittenCorpus, random_documents, write
@@ -64,6 +65,13 @@ def test_what_decides_rows_has_its_own_table_and_the_seed_has_not(written: Writt
     assert len(folders(written)) == 2
 
 
+@pytest.mark.parametrize("layout", ["packed", "pad", "window"])
+def test_a_table_kept_by_another_seed_is_the_one_that_would_be_built(written: WrittenCorpus, layout: str) -> None:
+    open_table(composer(written.corpus, layout=layout))
+    other = Composer(written.corpus, DataConfig(seq_length=96, layout=layout), NUM_LATENTS, 77)
+    assert_same(open_table(other), build_table(other))
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "missing array", "empty", "bad json"])
 def test_a_damaged_table_is_built_again(written: WrittenCorpus, damage: str, caplog: Any) -> None:
     expected = build_table(composer(written.corpus))
@@ -105,6 +113,41 @@ def test_a_cache_folder_that_is_a_file_leaves_the_table_in_memory(
     found = open_table(composer(written.corpus, cache_dir=str(tmp_path / "file")))
     assert_same(found, build_table(composer(written.corpus)))
     assert "set data.cache_dir" in caplog.text
+
+
+class CountingComposer(Composer):
+    """A composer that knows how often it was asked for all sizes."""
+
+    passes = 0
+
+    def sizes(self, begin: int, end: int) -> DocumentSizes:
+        self.passes += begin == 0
+        return super().sizes(begin, end)
+
+
+def test_a_table_that_cannot_be_written_to_its_end_is_built_once(written: WrittenCorpus, caplog: Any) -> None:
+    """A limit on the size of files stands for a disk that is full: writing fails midway in the same manner."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    counting = CountingComposer(written.corpus, DataConfig(seq_length=96), NUM_LATENTS, 1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
+    try:
+        found = open_table(counting)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert_same(found, build_table(composer(written.corpus)))
+    assert counting.passes == 1
+    assert "set data.cache_dir" in caplog.text
+    assert [path.suffix for path in written.corpus.path.with_name("corpus.cache").iterdir()] == [".lock"]
+
+
+def test_what_a_killed_process_left_is_removed(written: WrittenCorpus) -> None:
+    open_table(composer(written.corpus))
+    (folder,) = folders(written)
+    folder.rename(folder.with_name(f"{folder.name}.killed.tmp"))
+    other = folder.with_name("0" * 32 + ".other.tmp")
+    other.mkdir()
+    assert_same(open_table(composer(written.corpus)), build_table(composer(written.corpus)))
+    assert folders(written) == sorted([folder, other])
 
 
 def test_cache_dir_is_used(written: WrittenCorpus, tmp_path: Path) -> None:
