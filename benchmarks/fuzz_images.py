@@ -104,7 +104,7 @@ class Fuzz:
             num_workers=self.num_workers,
             image_backend=self.backend,
         )
-        loader = StepLoader(Plan(corpus, config, NUM_LATENTS, ROWS, ROWS, 1, seed=self.seed), 0, SIZE)
+        loader = StepLoader(Plan([corpus], config, NUM_LATENTS, ROWS, ROWS, 1, seed=self.seed), 0, SIZE)
         idle = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
         keys, digests, ok, bad = [], [], [], []
         begin = time.perf_counter()

@@ -191,7 +191,7 @@ def end_to_end_speeds(encoded: list[bytes], folder: Path, rounds: int) -> tuple[
 
     def ours() -> int:
         count = 0
-        for step in StepLoader(Plan(corpus, config, NUM_LATENTS, 4, 4, 1, seed=0), 0, SIZE):
+        for step in StepLoader(Plan([corpus], config, NUM_LATENTS, 4, 4, 1, seed=0), 0, SIZE):
             for batch in step.micro_batches:
                 for part in batch.images.split(NORMALISE_AT_ONCE):
                     normalised(part)

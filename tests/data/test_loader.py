@@ -254,7 +254,7 @@ def test_image_backend_that_does_not_run_here_is_refused(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = dataclasses.replace(CONFIG, image_backend="dali")
-    plan = Plan(written.corpus, config, NUM_LATENTS, 8, 2, 2, SEED)
+    plan = Plan([written.corpus], config, NUM_LATENTS, 8, 2, 2, SEED)
     monkeypatch.setattr("lcl_megatron.data.image_backend.has_dali", lambda: True)
     with pytest.raises(ConfigError, match="needs a CUDA device, and there is none; set --image-backend cpu"):
         StepLoader(plan, 0, SIZE)
