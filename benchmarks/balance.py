@@ -16,8 +16,8 @@ import json
 import numpy as np
 
 from lcl_megatron.config import DataConfig
-from lcl_megatron.data.corpus import Corpus
-from lcl_megatron.data.plan import Plan
+from lcl_megatron.data.planning.plan import Plan
+from lcl_megatron.data.storage.corpus import Corpus
 
 
 def measure(plan: Plan, steps: int) -> dict[str, float]:

@@ -30,14 +30,14 @@ import numpy as np
 from damaged import KINDS, NUM_INTACT, intact
 
 from lcl_megatron.config import DataConfig
-from lcl_megatron.data.corpus import Corpus
-from lcl_megatron.data.corpus_part import EncodedDocument, StoredImage
-from lcl_megatron.data.corpus_writer import write_corpus
+from lcl_megatron.data.decoding.image_decoder import SingleImageDecoder
+from lcl_megatron.data.decoding.images import TrainingTransform, empty_images
 from lcl_megatron.data.document import ImageKind, ImageSegment, Source
-from lcl_megatron.data.image_decoder import SingleImageDecoder
-from lcl_megatron.data.images import TrainingTransform, empty_images
 from lcl_megatron.data.loader import StepLoader
-from lcl_megatron.data.plan import Plan
+from lcl_megatron.data.planning.plan import Plan
+from lcl_megatron.data.storage.corpus import Corpus
+from lcl_megatron.data.storage.corpus_part import EncodedDocument, StoredImage
+from lcl_megatron.data.storage.corpus_writer import write_corpus
 from lcl_megatron.data.tokenizer import train_tokenizer
 
 IMAGES_PER_DOCUMENT = 4

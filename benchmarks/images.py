@@ -36,16 +36,16 @@ from PIL import Image
 
 from lcl_megatron.config import DataConfig
 from lcl_megatron.config.image import CLIP_MEAN, CLIP_STD
-from lcl_megatron.data.corpus import Corpus
-from lcl_megatron.data.corpus_part import EncodedDocument, StoredImage
-from lcl_megatron.data.corpus_writer import write_corpus
-from lcl_megatron.data.dali_decoder import DaliDecoder, has_dali
+from lcl_megatron.data.decoding.dali_decoder import DaliDecoder, has_dali
+from lcl_megatron.data.decoding.image_decoder import CpuDecoder
+from lcl_megatron.data.decoding.image_probe import ImageLimits, read_header
+from lcl_megatron.data.decoding.images import TrainingTransform, decode_crop, resize
 from lcl_megatron.data.document import ImageKind, ImageSegment, Source
-from lcl_megatron.data.image_decoder import CpuDecoder
-from lcl_megatron.data.image_probe import ImageLimits, read_header
-from lcl_megatron.data.images import TrainingTransform, decode_crop, resize
 from lcl_megatron.data.loader import StepLoader
-from lcl_megatron.data.plan import Plan
+from lcl_megatron.data.planning.plan import Plan
+from lcl_megatron.data.storage.corpus import Corpus
+from lcl_megatron.data.storage.corpus_part import EncodedDocument, StoredImage
+from lcl_megatron.data.storage.corpus_writer import write_corpus
 from lcl_megatron.data.tokenizer import Tokenizer, train_tokenizer
 
 SIZE = 224

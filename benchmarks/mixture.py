@@ -14,8 +14,8 @@ import json
 import numpy as np
 
 from lcl_megatron.config import DataConfig
-from lcl_megatron.data.corpus import Corpus
-from lcl_megatron.data.mixture import RowSequence
+from lcl_megatron.data.planning.mixture import RowSequence
+from lcl_megatron.data.storage.corpus import Corpus
 
 STRETCH = 1000
 

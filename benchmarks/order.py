@@ -21,9 +21,9 @@ from synthetic import SyntheticCorpus
 
 from lcl_megatron.config import DataConfig
 from lcl_megatron.data.batch import PackedBatch
-from lcl_megatron.data.corpus import Corpus
 from lcl_megatron.data.loader import StepLoader
-from lcl_megatron.data.plan import Plan
+from lcl_megatron.data.planning.plan import Plan
+from lcl_megatron.data.storage.corpus import Corpus
 
 LATENTS = 16
 IMAGE_SIZE = 64

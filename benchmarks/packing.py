@@ -15,8 +15,8 @@ import json
 import time
 
 from lcl_megatron.config import DataConfig
-from lcl_megatron.data.corpus import Corpus
-from lcl_megatron.data.rows import SourceRows
+from lcl_megatron.data.planning.rows import SourceRows
+from lcl_megatron.data.storage.corpus import Corpus
 
 
 def measure(corpus: Corpus, config: DataConfig, num_latents: int, seconds: float) -> dict[str, float]:

@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 
 from lcl_megatron.config import DataConfig
-from lcl_megatron.data.corpus import FORMAT, FORMAT_VERSION, IMAGE_ARRAYS, Corpus, fingerprint
-from lcl_megatron.data.indexed_file import DTYPE_CODES, HEADER, MAGIC
-from lcl_megatron.data.plan import Plan
+from lcl_megatron.data.planning.plan import Plan
+from lcl_megatron.data.storage.corpus import FORMAT, FORMAT_VERSION, IMAGE_ARRAYS, Corpus, fingerprint
+from lcl_megatron.data.storage.indexed_file import DTYPE_CODES, HEADER, MAGIC
 from lcl_megatron.data.tokenizer import Tokenizer, train_tokenizer
 
 CHUNK = 1 << 20

@@ -28,11 +28,11 @@ from pathlib import Path
 
 from synthetic import SyntheticCorpus
 
-from lcl_megatron.data.preprocess import preprocess
-from lcl_megatron.data.preprocess_config import PreprocessConfig
-from lcl_megatron.data.progress import Counters, Progress
+from lcl_megatron.data.preprocessing.preprocess import preprocess
+from lcl_megatron.data.preprocessing.preprocess_config import PreprocessConfig
+from lcl_megatron.data.preprocessing.progress import Counters, Progress
+from lcl_megatron.data.preprocessing.tokenizer_texts import training_texts
 from lcl_megatron.data.tokenizer import train_tokenizer
-from lcl_megatron.data.tokenizer_texts import training_texts
 
 
 class Clock(Progress):

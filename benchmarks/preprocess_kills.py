@@ -33,8 +33,8 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from lcl_megatron.data.preprocess import preprocess
-from lcl_megatron.data.preprocess_config import PreprocessConfig
+from lcl_megatron.data.preprocessing.preprocess import preprocess
+from lcl_megatron.data.preprocessing.preprocess_config import PreprocessConfig
 from lcl_megatron.data.tokenizer import train_tokenizer
 
 WORDS = [

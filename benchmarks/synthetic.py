@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lcl_megatron.data.preprocess import PreprocessConfig, preprocess
+from lcl_megatron.data.preprocessing.preprocess import PreprocessConfig, preprocess
 from lcl_megatron.data.tokenizer import train_tokenizer
 
 NUM_WORDS = 4000

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from lcl_megatron.data.corpus import Corpus
+from lcl_megatron.data.storage.corpus import Corpus
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"

@@ -19,11 +19,11 @@ import tyro
 from lcl_megatron.config.errors import ConfigError, require
 from lcl_megatron.config.sources import load_run_config
 from lcl_megatron.config.validate import data_parallel_size, validate
-from lcl_megatron.data.corpus_report import write_report
-from lcl_megatron.data.indexed_file import CorpusError
-from lcl_megatron.data.step_page import write_step_page
-from lcl_megatron.data.step_text import render_step
-from lcl_megatron.data.step_view import Selection, view_step
+from lcl_megatron.data.pages.corpus_report import write_report
+from lcl_megatron.data.pages.step_page import write_step_page
+from lcl_megatron.data.pages.step_text import render_step
+from lcl_megatron.data.pages.step_view import Selection, view_step
+from lcl_megatron.data.storage.indexed_file import CorpusError
 from lcl_megatron.training.setup import build_plan, open_corpora, with_vocabulary
 
 

@@ -13,10 +13,10 @@ import sys
 import tyro
 
 from lcl_megatron.config.errors import ConfigError
-from lcl_megatron.data.corpus_report import write_report
-from lcl_megatron.data.preprocess import preprocess
-from lcl_megatron.data.preprocess_config import PreprocessConfig
-from lcl_megatron.data.progress import Progress
+from lcl_megatron.data.pages.corpus_report import write_report
+from lcl_megatron.data.preprocessing.preprocess import preprocess
+from lcl_megatron.data.preprocessing.preprocess_config import PreprocessConfig
+from lcl_megatron.data.preprocessing.progress import Progress
 
 
 def main() -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 import tyro
 
 from lcl_megatron.config.errors import ConfigError
+from lcl_megatron.data.preprocessing.tokenizer_texts import training_texts
 from lcl_megatron.data.tokenizer import train_tokenizer
-from lcl_megatron.data.tokenizer_texts import training_texts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from lcl_megatron.data.batch import PackedBatch
-from lcl_megatron.data.compose import ComposedDocuments
+from lcl_megatron.data.planning.compose import ComposedDocuments
 
 if TYPE_CHECKING:
-    from lcl_megatron.data.mixture import RowSequence
-    from lcl_megatron.data.rows import PlannedRow
+    from lcl_megatron.data.planning.mixture import RowSequence
+    from lcl_megatron.data.planning.rows import PlannedRow
 
 IMAGE_BITS = 40
 """Bits of an image key that hold the image's index; the epoch is above them."""

@@ -22,12 +22,12 @@ from torch import Tensor
 from lcl_megatron.config.errors import require
 from lcl_megatron.data.batch import PackedBatch, StepBatch, StepLayout
 from lcl_megatron.data.collate import CollatedRows, collate_rows
-from lcl_megatron.data.image_backend import current_device, make_decoder, resolve_image_backend, use_device
-from lcl_megatron.data.image_decoder import ImageDecoder, PendingImages
-from lcl_megatron.data.images import TrainingTransform, blank_image
+from lcl_megatron.data.decoding.image_backend import current_device, make_decoder, resolve_image_backend, use_device
+from lcl_megatron.data.decoding.image_decoder import ImageDecoder, PendingImages
+from lcl_megatron.data.decoding.images import TrainingTransform, blank_image
 
 if TYPE_CHECKING:
-    from lcl_megatron.data.plan import Plan
+    from lcl_megatron.data.planning.plan import Plan
 
 
 class ImageSource(Protocol):

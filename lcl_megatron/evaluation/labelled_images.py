@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lcl_megatron.data.image_folder import ImageFileError, ImageFolder, check_name
-from lcl_megatron.data.image_probe import ImageError
-from lcl_megatron.data.images import evaluation_image
+from lcl_megatron.data.decoding.image_probe import ImageError
+from lcl_megatron.data.decoding.images import evaluation_image
+from lcl_megatron.data.image_stores.image_folder import ImageFileError, ImageFolder, check_name
 
 COLUMNS = ("image_name", "split", "label")
 """Columns that ``labels.csv`` must have."""

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from lcl_megatron.data.drawing import PALETTE, figure, picture
-from lcl_megatron.data.page import Html, element, svg_image, write_page
+from lcl_megatron.data.pages.drawing import PALETTE, figure, picture
+from lcl_megatron.data.pages.page import Html, element, svg_image, write_page
 from lcl_megatron.training.metrics_reader import RunMetrics, Series, XAxis, read_metrics
 
 if TYPE_CHECKING:

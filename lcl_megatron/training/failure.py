@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from lcl_megatron.checkpoint.native import CheckpointError
 from lcl_megatron.config import ConfigError
-from lcl_megatron.data.indexed_file import CorpusError
+from lcl_megatron.data.storage.indexed_file import CorpusError
 from lcl_megatron.training.bad_images import TooManyBadImagesError
 from lcl_megatron.training.step import NonFiniteError
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from lcl_megatron.checkpoint.native import Progress, Trainable
 from lcl_megatron.config import RunConfig
 from lcl_megatron.data.loader import StepLoader
-from lcl_megatron.data.plan import Plan
+from lcl_megatron.data.planning.plan import Plan
 from lcl_megatron.parallel.engine import Engine
 from lcl_megatron.training.metrics_logger import MetricsLogger
 from lcl_megatron.training.stop import StopSignal

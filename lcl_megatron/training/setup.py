@@ -15,9 +15,9 @@ from lcl_megatron.config import ConfigError, RunConfig
 from lcl_megatron.config.sources import describe
 from lcl_megatron.config.toml import to_toml
 from lcl_megatron.config.validate import data_parallel_size, validate
-from lcl_megatron.data.corpus import Corpus
 from lcl_megatron.data.loader import StepLoader
-from lcl_megatron.data.plan import Plan
+from lcl_megatron.data.planning.plan import Plan
+from lcl_megatron.data.storage.corpus import Corpus
 from lcl_megatron.model.initialization import count_parameters
 from lcl_megatron.parallel import engine as engines
 from lcl_megatron.parallel.groups import ProcessGroups

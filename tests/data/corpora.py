@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lcl_megatron.data.corpus import Corpus
-from lcl_megatron.data.corpus_part import EncodedDocument, StoredImage
-from lcl_megatron.data.corpus_writer import write_corpus
 from lcl_megatron.data.document import ImageKind, ImageSegment, Source
+from lcl_megatron.data.storage.corpus import Corpus
+from lcl_megatron.data.storage.corpus_part import EncodedDocument, StoredImage
+from lcl_megatron.data.storage.corpus_writer import write_corpus
 from lcl_megatron.data.tokenizer import Tokenizer, train_tokenizer
 
 NUM_LATENTS = 4

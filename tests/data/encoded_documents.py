@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from lcl_megatron.data.corpus import Corpus
-from lcl_megatron.data.corpus_part import EncodedDocument, StoredImage
 from lcl_megatron.data.document import ImageKind, ImageSegment, Source
+from lcl_megatron.data.storage.corpus import Corpus
+from lcl_megatron.data.storage.corpus_part import EncodedDocument, StoredImage
 
 
 def make_documents(

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from lcl_megatron.data.preprocess_config import PreprocessConfig
+from lcl_megatron.data.preprocessing.preprocess_config import PreprocessConfig
 from tests.data.conftest import Mmc4Folder, record
 
 

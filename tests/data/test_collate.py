@@ -12,10 +12,10 @@ import torch
 from lcl_megatron.config import DataConfig
 from lcl_megatron.data.batch import PackedBatch
 from lcl_megatron.data.collate import BLANK_KEY, collate_rows, image_key
-from lcl_megatron.data.corpus_part import EncodedDocument
 from lcl_megatron.data.document import Source
-from lcl_megatron.data.mixture import RowSequence
-from lcl_megatron.data.rows import PlannedRow
+from lcl_megatron.data.planning.mixture import RowSequence
+from lcl_megatron.data.planning.rows import PlannedRow
+from lcl_megatron.data.storage.corpus_part import EncodedDocument
 from tests.data.corpora import NUM_LATENTS, WrittenCorpus, random_documents, write
 
 CONFIG = DataConfig(seq_length=96, max_images_per_document=3)

@@ -17,12 +17,12 @@ from lcl_megatron.config import ConfigError, DataConfig
 from lcl_megatron.config.image import BLANK_PIXEL
 from lcl_megatron.data.batch import PackedBatch, StepBatch
 from lcl_megatron.data.collate import collate_rows
-from lcl_megatron.data.corpus import Corpus
-from lcl_megatron.data.corpus_part import EncodedDocument, StoredImage
-from lcl_megatron.data.images import TrainingTransform
-from lcl_megatron.data.indexed_file import CorpusError
+from lcl_megatron.data.decoding.images import TrainingTransform
 from lcl_megatron.data.loader import StepLoader
-from lcl_megatron.data.plan import Plan
+from lcl_megatron.data.planning.plan import Plan
+from lcl_megatron.data.storage.corpus import Corpus
+from lcl_megatron.data.storage.corpus_part import EncodedDocument, StoredImage
+from lcl_megatron.data.storage.indexed_file import CorpusError
 from tests.data.corpora import NUM_LATENTS, WrittenCorpus, random_documents, write
 
 CONFIG = DataConfig(seq_length=96, max_images_per_document=3, num_workers=0)
@@ -255,10 +255,10 @@ def test_image_backend_that_does_not_run_here_is_refused(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = dataclasses.replace(CONFIG, image_backend="dali")
     plan = Plan([written.corpus], config, NUM_LATENTS, 8, 2, 2, SEED)
-    monkeypatch.setattr("lcl_megatron.data.image_backend.has_dali", lambda: True)
+    monkeypatch.setattr("lcl_megatron.data.decoding.image_backend.has_dali", lambda: True)
     with pytest.raises(ConfigError, match="needs a CUDA device, and there is none; set --image-backend cpu"):
         StepLoader(plan, 0, SIZE)
-    monkeypatch.setattr("lcl_megatron.data.image_backend.has_dali", lambda: False)
+    monkeypatch.setattr("lcl_megatron.data.decoding.image_backend.has_dali", lambda: False)
     with pytest.raises(ConfigError, match=r"pip install 'lcl_megatron\[dali\]', or set --image-backend cpu"):
         StepLoader(plan, 0, SIZE)
     assert next(iter(StepLoader(plan, 0, SIZE, with_images=False))).micro_batches[0].images is None

@@ -18,10 +18,10 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from lcl_megatron.data.preprocess import preprocess
-from lcl_megatron.data.preprocess_config import PreprocessConfig
+from lcl_megatron.data.preprocessing.preprocess import preprocess
+from lcl_megatron.data.preprocessing.preprocess_config import PreprocessConfig
+from lcl_megatron.data.preprocessing.tokenizer_texts import training_texts
 from lcl_megatron.data.tokenizer import train_tokenizer
-from lcl_megatron.data.tokenizer_texts import training_texts
 
 ROOT = Path(__file__).parents[2]
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -14,11 +14,11 @@ import torch
 from lcl_megatron.config import RunConfig
 from lcl_megatron.data.batch import PackedBatch
 from lcl_megatron.data.collate import collate_rows
-from lcl_megatron.data.image_decoder import CpuDecoder
-from lcl_megatron.data.images import TrainingTransform
+from lcl_megatron.data.decoding.image_decoder import CpuDecoder
+from lcl_megatron.data.decoding.images import TrainingTransform
 from lcl_megatron.data.loader import StepLoader, add_images
-from lcl_megatron.data.plan import Plan
-from lcl_megatron.data.rows import PlannedRow
+from lcl_megatron.data.planning.plan import Plan
+from lcl_megatron.data.planning.rows import PlannedRow
 from lcl_megatron.model.lcl import LCLModel, LCLOutput
 from lcl_megatron.parallel.contrastive import PairSlots, contrastive_loss
 from tests.data.corpora import WrittenCorpus, random_documents, write

@@ -23,7 +23,7 @@ from lcl_megatron.config import (
     TrainingConfig,
     VisionConfig,
 )
-from lcl_megatron.data.preprocess import PreprocessConfig, PreprocessSummary, preprocess
+from lcl_megatron.data.preprocessing.preprocess import PreprocessConfig, PreprocessSummary, preprocess
 from lcl_megatron.data.tokenizer import train_tokenizer
 from lcl_megatron.training.loop import train
 from lcl_megatron.training.setup import run_from

@@ -23,8 +23,8 @@ from lcl_megatron.checkpoint import native
 from lcl_megatron.config import ConfigError, RunConfig
 from lcl_megatron.config.image import BLANK_PIXEL
 from lcl_megatron.data.batch import StepBatch
-from lcl_megatron.data.corpus import Corpus
-from lcl_megatron.data.indexed_file import CorpusError
+from lcl_megatron.data.storage.corpus import Corpus
+from lcl_megatron.data.storage.indexed_file import CorpusError
 from lcl_megatron.data.tokenizer import train_tokenizer
 from lcl_megatron.training.bad_images import BadImageWatch, TooManyBadImagesError
 from lcl_megatron.training.loop import train

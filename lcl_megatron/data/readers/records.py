@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from lcl_megatron.data.document import Document, ImageKind, ImageSegment, Reject, Source, TextSegment
-from lcl_megatron.data.image_folder import ImageFileError, check_name
+from lcl_megatron.data.image_stores.image_folder import ImageFileError, check_name
 
 
 class RecordError(ValueError):

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from lcl_megatron.config.errors import ConfigError
 from lcl_megatron.data.document import Document, Reject
-from lcl_megatron.data.image_folder import is_url
+from lcl_megatron.data.image_stores.image_folder import is_url
 from lcl_megatron.data.readers.lines import Line, read_lines
 from lcl_megatron.data.readers.records import RecordError, assemble_pair, decode, get_similarity
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lcl_megatron.data.document import Document, ImageKind, ImageSegment, Reject, Source, TextSegment
-from lcl_megatron.data.image_folder import ImageFileError, check_name, check_size
+from lcl_megatron.data.image_stores.image_folder import ImageFileError, check_name, check_size
+from lcl_megatron.data.image_stores.tar_members import TarMember, tar_members
 from lcl_megatron.data.readers.records import (
     RecordError,
     decode,
@@ -22,7 +23,6 @@ from lcl_megatron.data.readers.records import (
     get_text,
     parse_object,
 )
-from lcl_megatron.data.tar_members import TarMember, tar_members
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif")
 TEXT_EXTENSIONS = ("txt", "json")

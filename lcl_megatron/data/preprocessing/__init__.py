@@ -1,0 +1,1 @@
+"""Raw shards to a corpus, in many processes."""

@@ -1,0 +1,1 @@
+"""A preprocessed corpus on disk: written, read, merged."""
