@@ -215,9 +215,9 @@ class Composer:
         epochs = np.broadcast_to(np.asarray(epochs, dtype=np.int64), documents.shape)
         slots = _Slots.of(self.corpus, documents)
         owner, images, slot = self._choose_images(documents, epochs, slots)
-        first_image = np.searchsorted(owner, np.arange(len(documents) + 1))
+        first_image = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(documents)))])
         rank = np.arange(len(images)) - first_image[owner]
-        text_before = slots.text_ends(owner, slot) - slots.lengths[slot]
+        text_before = slots.text_before(owner, slot)
         positions = 1 + text_before + rank * self.span
         kept = positions + self.span < self.max_length  # EOS takes the last position
         counts = np.bincount(owner[kept], minlength=len(documents))
@@ -227,7 +227,7 @@ class Composer:
             documents=documents,
             epochs=epochs,
             lengths=2 + texts + counts * self.span,
-            first_segments=np.asarray(self.corpus.document_segments)[documents],
+            first_segments=slots.first_segments,
             num_segments=segments,
             num_targets=texts + counts + 1,
             image_offsets=np.concatenate([[0], np.cumsum(counts)]),
@@ -271,15 +271,15 @@ class Composer:
             image_slots: (images,) slot of each image, ascending.
             first_image: (n + 1,) first image of each document.
         """
-        texts = slots.text_ends(np.arange(len(slots.before)), slots.offsets[1:] - 1)
+        texts = slots.text_before(np.arange(len(slots.first_segments)), slots.offsets[1:] - 1)
         segments = np.diff(slots.offsets) - 1
         cut = np.flatnonzero(2 + texts + np.diff(first_image) * self.span > self.max_length)
         if len(cut):
             owner, slot = concatenate_ranges(slots.offsets[cut], segments[cut])
             images_before = np.searchsorted(image_slots, slot, side="right") - first_image[cut][owner]
-            fits = 1 + slots.text_ends(cut[owner], slot) + images_before * self.span < self.max_length
+            fits = 1 + slots.text_before(cut[owner], slot + 1) + images_before * self.span < self.max_length
             segments[cut] = np.bincount(owner[fits], minlength=len(cut))
-            texts[cut] = slots.text_ends(cut, slots.offsets[cut] + segments[cut] - 1) * (segments[cut] > 0)
+            texts[cut] = slots.text_before(cut, slots.offsets[cut] + segments[cut])
         return texts, segments
 
     def _choose_images(
@@ -300,11 +300,10 @@ class Composer:
         is_window = config.layout == "window"
         seed, epoch = (WINDOW_SEED, np.full(len(owner), WINDOW_SEED)) if is_window else (self.seed, epochs[owner])
         # An inline image is alone in its group; matched ones share one per sentence.
-        group = np.where(matched, segment, len(slots.lengths) + np.arange(len(images)))
-        chosen = _smallest(group, keyed_hash(seed, Stream.SENTENCE_IMAGE, epoch, images), 1)
+        group = np.where(matched, segment, slots.offsets[-1] + np.arange(len(images)))
+        chosen = _smallest(group, 1, seed, Stream.SENTENCE_IMAGE, epoch, images)
         owner, images, segment, matched, epoch = (array[chosen] for array in (owner, images, segment, matched, epoch))
-        choice = keyed_hash(seed, Stream.IMAGE_CHOICE, epoch, images)
-        chosen = _smallest(owner, choice, config.max_images_per_document)
+        chosen = _smallest(owner, config.max_images_per_document, seed, Stream.IMAGE_CHOICE, epoch, images)
         owner, images, segment, matched, epoch = (array[chosen] for array in (owner, images, segment, matched, epoch))
         after = matched & (keyed_hash(seed, Stream.PLACEMENT, epoch, images) >> np.uint64(63) == 1)
         slot = segment + after
@@ -315,38 +314,33 @@ class Composer:
 
 @dataclass(frozen=True)
 class _Slots:
-    """Places of images in some documents: before every text segment, and behind the last one."""
+    """Places of images in some documents: before every text segment, and behind the last one. n documents.
 
+    Slots are numbered over all of these documents. How much text stands before one is looked up, not summed: the text
+    of thousands of segments is not touched for the sake of a few images.
+    """
+
+    corpus: Corpus
     offsets: np.ndarray
     """(n + 1,) int64, first slot of each document."""
-    lengths: np.ndarray
-    """(slots,) int32, tokens of the text segment behind the slot; 0 behind the last one."""
-    ends: np.ndarray
-    """(slots,) int64, running sum of ``lengths`` over all documents."""
-    before: np.ndarray
-    """(n,) int64, what the running sum is before each document."""
+    first_segments: np.ndarray
+    """(n,) int64, first text segment of each document, numbered over the whole corpus."""
+    text_begins: np.ndarray
+    """(n,) int64, text tokens of the corpus before each document."""
 
     @classmethod
     def of(cls, corpus: Corpus, documents: np.ndarray) -> _Slots:
-        """Read the slots of documents from the side arrays."""
+        """Read where the slots of documents are from the side arrays."""
         # A view without numpy's memmap class, whose every access costs a few microseconds.
         borders = np.asarray(corpus.document_segments)
         first = borders[documents]
-        counts = borders[documents + 1] - first + 1
-        offsets = np.concatenate([[0], np.cumsum(counts)])
-        segments = np.arange(offsets[-1]) + np.repeat(first - offsets[:-1], counts)
-        lengths = np.zeros(len(segments), dtype=np.int32)
-        if len(corpus.segment_lengths):
-            # The slot behind the last segment reads the next document's, or the corpus's last one; it is set to 0.
-            # Never ``np.take``: the memory map is not aligned, and it would copy the whole array.
-            lengths = np.asarray(corpus.segment_lengths)[np.minimum(segments, len(corpus.segment_lengths) - 1)]
-            lengths[offsets[1:] - 1] = 0
-        ends = np.cumsum(lengths, dtype=np.int64)
-        return cls(offsets, lengths, ends, np.concatenate([[0], ends])[offsets[:-1]])
+        offsets = np.concatenate([[0], np.cumsum(borders[documents + 1] - first + 1)])
+        return cls(corpus, offsets, first, corpus.text_tokens_before(first))
 
-    def text_ends(self, document: np.ndarray, slot: np.ndarray) -> np.ndarray:
-        """Return the text tokens of a document up to the end of a slot's segment, for many at once."""
-        return self.ends[slot] - self.before[document]
+    def text_before(self, document: np.ndarray, slot: np.ndarray) -> np.ndarray:
+        """Return the text tokens of a document before a slot, for many at once."""
+        segments = self.first_segments[document] + slot - self.offsets[document]
+        return self.corpus.text_tokens_before(segments) - self.text_begins[document]
 
 
 def concatenate_ranges(first: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -357,10 +351,11 @@ def concatenate_ranges(first: np.ndarray, counts: np.ndarray) -> tuple[np.ndarra
     return owner, np.arange(len(owner)) + (np.asarray(first, dtype=np.int64) - begin)[owner]
 
 
-def _smallest(groups: np.ndarray, keys: np.ndarray, limit: int) -> np.ndarray:
-    """Return, ascending, the indices of the ``limit`` elements with the smallest keys of every group."""
+def _smallest(groups: np.ndarray, limit: int, *key: int | np.ndarray) -> np.ndarray:
+    """Return, ascending, the indices of the ``limit`` elements of every group whose keys have the smallest hashes."""
     contested = np.flatnonzero(np.bincount(groups)[groups] > limit)
-    order = contested[np.lexsort((keys[contested], groups[contested]))]
+    hashes = keyed_hash(*(part[contested] if isinstance(part, np.ndarray) else part for part in key))
+    order = contested[np.lexsort((hashes, groups[contested]))]
     is_first = np.diff(groups[order], prepend=-1) != 0
     rank = np.arange(len(order)) - np.flatnonzero(is_first)[np.cumsum(is_first) - 1]
     kept = np.ones(len(groups), dtype=bool)

@@ -64,7 +64,7 @@ class PlannedRows(Sequence[PlannedRow]):
 
     def __init__(self, source: int, indices: np.ndarray, epochs: np.ndarray, pieces: RowPieces) -> None:
         self._source, self._indices, self._epochs, self._pieces = source, indices, epochs, pieces
-        self._borders = np.searchsorted(pieces.owner, np.arange(len(indices) + 1))
+        self._borders = np.concatenate([[0], np.cumsum(np.bincount(pieces.owner, minlength=len(indices)))])
 
     def __len__(self) -> int:
         return len(self._indices)
