@@ -51,20 +51,6 @@ BENCHMARKS = (
         ("--data-path", "CORPUS"),
     ),
     Benchmark(
-        "balance",
-        {
-            "max_over_mean": "images of the fullest of 64 ranks over the mean, worst step",
-            "max_over_mean_undealt": "the same with rows as they come",
-        },
-        ("--data-path", "CORPUS"),
-    ),
-    Benchmark(
-        "mixture",
-        {"max_share_error": "largest error of a share in 1,000 rows (pairs and documents, 1:1 by images)"},
-        ("--data-path", "CORPUS", "CORPUS", "--view", "pairs", "interleaved", "--weights", "1", "1"),
-    ),
-    Benchmark("order", {"identical": "layouts, workers and resumed runs that read the same 5,000 rows"}, ()),
-    Benchmark(
         "plan",
         {
             "startup_s": "first start with 100 million documents, s",
@@ -86,20 +72,34 @@ BENCHMARKS = (
         },
     ),
     Benchmark(
+        "preprocess",
+        {
+            "documents_per_s_core": "documents preprocessed per core-second",
+            "images_per_s_core": "images per core-second",
+            "scaling_2": "speed of two processes over one",
+        },
+    ),
+    Benchmark(
+        "balance",
+        {
+            "max_over_mean": "images of the fullest of 64 ranks over the mean, worst step",
+            "max_over_mean_undealt": "the same with rows as they come",
+        },
+        ("--data-path", "CORPUS"),
+    ),
+    Benchmark(
+        "mixture",
+        {"max_share_error": "largest error of a share in 1,000 rows (pairs and documents, 1:1 by images)"},
+        ("--data-path", "CORPUS", "CORPUS", "--view", "pairs", "interleaved", "--weights", "1", "1"),
+    ),
+    Benchmark("order", {"identical": "layouts, workers and resumed runs that read the same 5,000 rows"}, ()),
+    Benchmark(
         "fuzz_images",
         {
             "images": "damaged images read by the loader",
             "crashes": "crashes",
             "hangs": "hangs",
             "rss_above_idle_mb": "memory above idle, MB",
-        },
-    ),
-    Benchmark(
-        "preprocess",
-        {
-            "documents_per_s_core": "documents preprocessed per core-second",
-            "images_per_s_core": "images per core-second",
-            "scaling_2": "speed of two processes over one",
         },
     ),
     Benchmark("preprocess_kills", {"kills": "kills", "corpora": "corpora", "identical": "of them identical"}),
