@@ -135,8 +135,9 @@ def _check_rejected(config: PreprocessConfig, totals: Totals, last: bool) -> Non
     seen = rejected + totals.images
     if rejected > config.max_rejected_image_share * seen and (last or seen >= MIN_JUDGED_IMAGES):
         where = "" if config.image_root is None else f"is image_root = {config.image_root} right? "
+        reasons = ", ".join(f"{number:,} {reason}" for reason, number in totals.rejected_images.most_common())
         raise ConfigError(
             f"{rejected:,} of {seen:,} images cannot be used ({rejected / seen:.0%}; the limit is "
-            f"{config.max_rejected_image_share:.0%}): {dict(totals.rejected_images.most_common())}; {where}"
+            f"{config.max_rejected_image_share:.0%}): {reasons}; {where}"
             "--max-rejected-image-share 1 goes on regardless"
         )

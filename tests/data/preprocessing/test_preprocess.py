@@ -291,7 +291,7 @@ def test_a_wrong_image_folder_is_an_error_and_not_an_empty_corpus(mmc4, shards, 
         tokenizer_model=tokenizer_path,
         output=tmp_path / "corpus",
     )
-    with pytest.raises(ConfigError, match=r"images cannot be used \(100%.*missing file.*elsewhere right"):
+    with pytest.raises(ConfigError, match=r"images cannot be used \(100%.*\): \d+ missing file; .*elsewhere right"):
         preprocess(job)
     assert not (tmp_path / "corpus").exists()
 
