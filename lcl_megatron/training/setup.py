@@ -109,7 +109,7 @@ def _build(config: RunConfig, plan: Plan, groups: ProcessGroups) -> Run:
     progress = _resume(config, plan, trainable)
     if groups.rank == 0:
         logger.info(
-            "%d processes: tensor %d x pipeline %d x data %d; %.2f M parameters on this rank; step %d of %d",
+            "world size %d: tensor %d x pipeline %d x data %d; %.2f M parameters on this rank; step %d of %d",
             groups.world_size,
             groups.tp_size,
             groups.pp_size,
