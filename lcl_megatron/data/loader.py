@@ -91,7 +91,8 @@ class StepLoader:
         )
         consumed_rows = start_step * plan.global_batch_size if consumed_rows is None else consumed_rows
         self._row_of_step_0 = consumed_rows - start_step * plan.global_batch_size
-        self._numbers: Iterable[int] = itertools.count(start_step) if end_step is None else range(start_step, end_step)
+        self._start_step = start_step
+        self._end_step = end_step
 
     def __iter__(self) -> Iterator[StepBatch]:
         """Yield the steps.
@@ -106,15 +107,19 @@ class StepLoader:
             if self._config.num_workers:
                 yield from self._ahead(decoder)
             else:
-                for step in self._numbers:
+                for step in self._numbers():
                     yield self._begin(step, decoder).result()
         finally:
             if decoder is not None:
                 decoder.close()
 
+    def _numbers(self) -> Iterable[int]:
+        """Return the numbers of the steps; anew for every iterator, for threads take more of them than they yield."""
+        return itertools.count(self._start_step) if self._end_step is None else range(self._start_step, self._end_step)
+
     def _ahead(self, decoder: ImageDecoder | None) -> Iterator[StepBatch]:
         """Yield the steps while a thread begins those behind them."""
-        numbers = iter(self._numbers)
+        numbers = iter(self._numbers())
         planner = ThreadPoolExecutor(1, "step-planner", initializer=use_device, initargs=(current_device(),))
         try:
             first = itertools.islice(numbers, self._config.prefetch_factor)

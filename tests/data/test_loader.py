@@ -267,3 +267,11 @@ def test_image_backend_that_does_not_run_here_is_refused(
 def test_rank_that_does_not_exist_is_refused(written: WrittenCorpus) -> None:
     with pytest.raises(ConfigError, match="dp_rank = 2; the plan deals rows to 2"):
         StepLoader(make_plan(written.corpus), 2, SIZE)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_every_iterator_begins_with_the_first_step(written, num_workers):
+    loader = StepLoader(make_plan(written.corpus, num_workers), 0, SIZE, start_step=3)
+    first, second = (read(iter(loader), 2) for _ in range(2))
+    assert [step.step for step in second] == [3, 4]
+    assert_equal(first[0].micro_batches[0], second[0].micro_batches[0])

@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -42,6 +43,8 @@ BUCKETS = 256
 CHUNK_ENTRIES = 1 << 16
 """Entries that are held as Python objects at one time."""
 MAX_MEMBER_BYTES = 2**32 - 1
+OWN_FOLDER = re.compile(r"(pieces-)?[0-9a-f]{16}|building-.*")
+"""Names of the folders that are made here: of all others, none is ever deleted."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +127,14 @@ def hash_name(name: str) -> tuple[int, int]:
 
 
 def _writable(folder: Path) -> Path:
-    """Return ``folder`` after making it, or one in the user's cache if it cannot be made or written."""
+    """Return ``folder`` after making it, or one in the user's cache if it cannot be made or written.
+
+    A link is no such folder: it may have come with the data, and lead to where files are written and deleted.
+    """
     try:
         folder.mkdir(exist_ok=True)
+        if folder.is_symlink():
+            raise OSError(f"{folder} is a symbolic link")
         open(folder / "lock", "ab").close()
     except OSError:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -165,7 +173,9 @@ def _write_pieces(tars: Sequence[Path], folder: Path) -> None:
 
 def _write_piece(tar: Path, number: int, piece: Path) -> None:
     temporary = piece.with_suffix(".tmp")
-    with open(temporary, "wb") as stream:
+    # Never written through: what a killed process left, or a link that came with the data.
+    temporary.unlink(missing_ok=True)
+    with open(temporary, "xb") as stream:
         entries = _entries(tar, number)
         while chunk := list(itertools.islice(entries, CHUNK_ENTRIES)):
             stream.write(np.array(chunk, dtype=ENTRY).tobytes())
@@ -175,11 +185,11 @@ def _write_piece(tar: Path, number: int, piece: Path) -> None:
 
 
 def _join_pieces(count: int, pieces: Path, index: Path, manifest: dict[str, Any]) -> None:
-    """Sort the entries of all tars into the folder ``index``, and delete what else lies beside it.
+    """Sort the entries of all tars into the folder ``index``, and delete the older folders of its kind beside it.
 
     Those are the pieces, what was left by processes that were killed, and indices of tars that have changed.
     """
-    others = [path for path in index.parent.iterdir() if path.is_dir()]
+    others = [path for path in index.parent.iterdir() if path.is_dir() and OWN_FOLDER.fullmatch(path.name)]
     staging = Path(tempfile.mkdtemp(prefix="building-", dir=index.parent))
     buckets = [open(staging / f"bucket{number}", "wb") for number in range(BUCKETS)]
     try:

@@ -82,6 +82,8 @@ class PreprocessConfig:
         missing = [str(path) for path in self.input if not path.is_file()]
         require(not missing, f"{len(missing)} of {len(self.input)} inputs are no files: {', '.join(missing[:5])}")
         names = input_names(self.input)
+        unnamed = [name for name in names if any("\ud800" <= character <= "\udfff" for character in name)]
+        require(not unnamed, f"names of inputs that are not UTF-8: {unnamed[:5]!a}; rename the files")
         twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
         require(not twice, f"inputs given more than once: {', '.join(twice[:5])}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import lzma
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -97,5 +98,7 @@ def _zip_members(shard: Path, name: str) -> Iterator[Iterator[tuple[str, IO[byte
                 names = [f"{name}/{info.filename}" for info in members]
             # Members are read, never extracted: their names cannot place a file anywhere.
             yield ((path, archive.open(info)) for path, info in zip(names, members, strict=True))
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, UnicodeDecodeError) as error:
         raise OSError(f"{shard} is a damaged zip file ({error}); fetch it again or leave it out") from error
+    except RuntimeError as error:  # what zipfile says of a password
+        raise OSError(f"{shard} cannot be read ({error}); unpack it and give its files instead") from error

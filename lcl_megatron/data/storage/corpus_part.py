@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -188,17 +189,19 @@ class PartWriter:
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         try:
+            # Closing writes what is buffered: a full disk is often met only here.
+            with ExitStack() as files:
+                for stream in self._files.values():
+                    files.callback(stream.close)
+                if kind is None:
+                    self._write_rows()
+                    part = {"input": self._input, "sources": list(self._sources), "totals": vars(self.totals)}
+                    (self._staging / "part.json").write_text(json.dumps(part, ensure_ascii=False), encoding="utf-8")
             if kind is None:
-                self._write_rows()
-                part = {"input": self._input, "sources": list(self._sources), "totals": vars(self.totals)}
-                (self._staging / "part.json").write_text(json.dumps(part, ensure_ascii=False), encoding="utf-8")
+                sync_folder(self._staging)
+                self._finish()
         finally:
-            for stream in self._files.values():
-                stream.close()
-        if kind is None:
-            sync_folder(self._staging)
-            self._finish()
-        else:
+            # All that is left where there is no part; it would take the space that a full disk lacks.
             shutil.rmtree(self._staging, ignore_errors=True)
 
     def add(self, document: EncodedDocument) -> None:
@@ -265,7 +268,6 @@ class PartWriter:
         except OSError:
             if not self._folder.is_dir():
                 raise
-            shutil.rmtree(self._staging, ignore_errors=True)
 
     def _check(self, document: EncodedDocument, tokens: np.ndarray) -> None:
         if len(tokens) and not (0 <= tokens.min() and tokens.max() < self._vocab_size):

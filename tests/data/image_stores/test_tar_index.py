@@ -224,3 +224,22 @@ def test_an_index_without_entries(tmp_path):
     (folder,) = (path for path in (tmp_path / ".index").iterdir() if path.is_dir())
     assert TarIndex(folder).entries == 0
     assert json.loads((folder / "manifest.json").read_text())["tars"][0][0] == "a.tar"
+
+
+def test_folders_of_others_beside_an_index_are_kept(tmp_path):
+    (tmp_path / ".index" / "mine").mkdir(parents=True)
+    (tmp_path / ".index" / "mine" / "file").write_text("x")
+    write_tar(tmp_path / "a.tar", sample("0", b"0"))
+    assert open_image_store(tmp_path, 1 << 20).read("0.jpg") == b"0"
+    assert (tmp_path / ".index" / "mine" / "file").read_text() == "x"
+
+
+def test_an_index_folder_that_is_a_link_is_not_followed(tmp_path, monkeypatch):
+    home, data = tmp_path / "home", tmp_path / "data"
+    (home / "documents").mkdir(parents=True)
+    data.mkdir()
+    (data / ".index").symlink_to(home)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_tar(data / "a.tar", sample("0", b"0"))
+    assert open_image_store(data, 1 << 20).read("0.jpg") == b"0"
+    assert [path.name for path in home.iterdir()] == ["documents"]

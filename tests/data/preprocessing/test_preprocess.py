@@ -364,3 +364,11 @@ def test_real_documents(shared_mmc4, tokenizer_path, tokenizer, tmp_path):
     )
     assert check_against_shards(summary.corpus, tokenizer, shards, shared_mmc4 / "images") == 0
     assert summary.totals.rejected_documents.total() == 0
+
+
+def test_input_name_that_is_not_utf8_is_refused_first(mmc4, tokenizer_path, tmp_path):
+    shard = write_shards(mmc4)[0]
+    odd = Path(os.fsdecode(os.fsencode(str(shard.parent)) + b"/odd\xff.jsonl"))
+    os.rename(shard, odd)
+    with pytest.raises(ConfigError, match="names of inputs that are not UTF-8"):
+        config(mmc4, [odd], tokenizer_path, tmp_path / "c")

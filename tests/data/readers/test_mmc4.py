@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from lcl_megatron.data.document import Document, ImageKind, Reject
 from lcl_megatron.data.readers import lines as reader
+from lcl_megatron.data.readers.lines import read_lines
 from lcl_megatron.data.readers.mmc4 import read_mmc4
 
 
@@ -219,3 +220,20 @@ def test_real_documents_are_all_kept(shared_mmc4: Path):
         assert isinstance(item, Document)
         assert [segment.text for segment in item.segments] == [text.strip() for text in raw["text_list"]]
         assert sorted(image.name for image in item.images) == sorted(i["image_name"] for i in raw["image_info"])
+
+
+@pytest.mark.parametrize(("flag", "text"), [(1, "encrypted"), (0, "damaged zip")])
+def test_zip_that_cannot_be_read_is_an_oserror(tmp_path, flag, text):
+    path = tmp_path / "s.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("a.jsonl", "x\n" * 500)
+    data = bytearray(path.read_bytes())
+    if flag:
+        data[6] |= 1
+        data[data.rfind(b"PK\x01\x02") + 8] |= 1
+    else:
+        data[60] ^= 0xFF
+        data[55] ^= 0xFF
+    path.write_bytes(data)
+    with pytest.raises(OSError, match=text):
+        list(read_lines(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from lcl_megatron.config.errors import ConfigError
+from lcl_megatron.data.document import Reject, Source
 from lcl_megatron.data.storage import corpus_writer
 from lcl_megatron.data.storage.corpus import Corpus
 from lcl_megatron.data.storage.corpus_part import EncodedDocument, PartWriter
@@ -211,3 +213,20 @@ def test_a_finished_corpus_is_not_written_again_by_a_run_that_tidies_up(tmp_path
 def test_duplicates_are_counted(size: int):
     hashes = np.random.default_rng(size).integers(0, 2000, size, dtype=np.uint64)
     assert count_duplicates(hashes) == size - len(set(hashes.tolist()))
+
+
+def test_a_full_disk_leaves_nothing_of_a_part(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def write_until_full():
+        with PartWriter(tmp_path / "p", 100, {}) as part:
+            for line in range(40):
+                part.reject(Reject(Source("f", line), "reason", "detail"))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_until_full()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
