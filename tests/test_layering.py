@@ -200,6 +200,20 @@ def test_folders_import_each_other_in_one_direction() -> None:
     assert find_cycle(graph) == []
 
 
+def test_folders_of_data_import_each_other_in_one_direction() -> None:
+    def package(module: str) -> str:
+        parts = module.split(".")
+        return parts[2] if parts[1:2] == ["data"] and len(parts) > 3 else ""
+
+    graph: dict[str, set[str]] = {}
+    for module, targets in import_graph().items():
+        if package(module):
+            others = {package(target) for target in targets} - {package(module), ""}
+            graph.setdefault(package(module), set()).update(others)
+    assert {"planning", "readers", "storage"} <= graph.keys()
+    assert find_cycle(graph) == []
+
+
 def test_every_module_has_a_home() -> None:
     assert [relative(path) for path in MODULES if path.stem in HOMELESS or path.parent.name in HOMELESS] == []
 

@@ -12,8 +12,8 @@ import sys
 import tyro
 
 from lcl_megatron.config.errors import ConfigError
+from lcl_megatron.data.preprocessing.merge import MergeConfig, merge_corpora
 from lcl_megatron.data.storage.indexed_file import CorpusError
-from lcl_megatron.data.storage.merge import MergeConfig, merge_corpora
 
 
 def main() -> None:

@@ -119,8 +119,10 @@ def _compose(sequence: RowSequence, rows: Sequence[PlannedRow]) -> _Content:
         counts = [len(row.documents) for row in own]
         documents = np.concatenate([row.documents for row in own])
         whole = composer.compose(documents, np.repeat([row.epoch for row in own], counts))
-        shown = _shown(whole, own, composer.num_latents)
-        begins = np.zeros(len(documents), dtype=np.int64) if shown is whole else _joined(own, "begins")
+        begins = _joined(own, "begins")
+        shown = whole.part(begins, _joined(own, "ends"), composer.num_latents)
+        if begins is None:
+            begins = np.zeros(len(documents), dtype=np.int64)
         for index, (begin, length) in enumerate(zip(begins.tolist(), shown.lengths.tolist(), strict=True)):
             tokens.append(composer.tokens(whole, index)[begin : begin + length])
         parts.append(dataclasses.replace(shown, images=shown.images + int(sequence.image_begins[source])))
@@ -130,15 +132,10 @@ def _compose(sequence: RowSequence, rows: Sequence[PlannedRow]) -> _Content:
     return _Content(ComposedDocuments.join(parts, order), all_rows[order], [tokens[i] for i in order])
 
 
-def _shown(whole: ComposedDocuments, rows: Sequence[PlannedRow], num_latents: int) -> ComposedDocuments:
-    """Return the parts of documents that stand in rows; ``whole`` itself if they are whole."""
-    if rows[0].begins is None:
-        return whole
-    return whole.part(_joined(rows, "begins"), np.minimum(_joined(rows, "ends"), whole.lengths), num_latents)
-
-
-def _joined(rows: Sequence[PlannedRow], name: str) -> np.ndarray:
-    return np.concatenate([getattr(row, name) for row in rows])
+def _joined(rows: Sequence[PlannedRow], name: str) -> np.ndarray | None:
+    """Return an array of all rows; None if the rows hold whole documents."""
+    parts = [getattr(row, name) for row in rows]
+    return None if parts[0] is None else np.concatenate(parts)
 
 
 def _place(lengths: np.ndarray, row_of: np.ndarray, num_rows: int, seq_length: int) -> tuple[np.ndarray, np.ndarray]:

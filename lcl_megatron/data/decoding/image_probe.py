@@ -71,9 +71,7 @@ def read_header(data: bytes, limits: ImageLimits) -> ImageHeader:
     Raises:
         ImageError: If it is no image, or asks for more than ``limits``.
     """
-    if not data:
-        raise ImageError("no bytes")
-    header = _read_jpeg_header(data) or _read_any_header(data)
+    header = parse_header(data)
     width, height = header.width, header.height
     if width * height > limits.max_pixels:
         raise ImageError(f"{width} x {height} pixels, more than {limits.max_pixels}")
@@ -87,6 +85,17 @@ def read_header(data: bytes, limits: ImageLimits) -> ImageHeader:
     if header.mode in ("I", "F"):
         raise ImageError(f"pixel format {header.mode!r} has no white: the range of its values is unknown")
     return header
+
+
+def parse_header(data: bytes) -> ImageHeader:
+    """Return what the header of an image says, whatever it asks for; decodes no pixel.
+
+    Raises:
+        ImageError: If it is no image, or a JPEG of more than ``MAX_SCANS`` scans.
+    """
+    if not data:
+        raise ImageError("no bytes")
+    return _read_jpeg_header(data) or _read_any_header(data)
 
 
 def open_image(data: bytes) -> Image.Image:

@@ -106,9 +106,9 @@ class TrainingTransform:
                 return Box(int(u_top * (height - h + 1)), int(u_left * (width - w + 1)), h, w)
         h, w = height, width
         if width / height < self.crop_ratio[0]:
-            h = round(width / self.crop_ratio[0])
+            h = max(1, round(width / self.crop_ratio[0]))
         elif width / height > self.crop_ratio[1]:
-            w = round(height * self.crop_ratio[1])
+            w = max(1, round(height * self.crop_ratio[1]))
         return Box((height - h) // 2, (width - w) // 2, h, w)
 
 

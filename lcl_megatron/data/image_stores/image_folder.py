@@ -9,18 +9,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import os
 import re
 import stat
-import warnings
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from PIL import Image
-
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
-"""Pillow formats that are accepted; others (FITS, EPS, PSD, ...) bring rarely tested decoders."""
 ABSENT = {errno.ENOENT: "missing file", errno.ENOTDIR: "missing file"}
 """Errors that mean that there is no such file, with their reason."""
 UNREADABLE = {errno.ENAMETOOLONG, errno.EACCES, errno.EISDIR, errno.ELOOP, errno.EINVAL}
@@ -102,27 +96,6 @@ class ImageFolder:
             if error.errno in UNREADABLE:
                 raise ImageFileError("unreadable file", os.strerror(error.errno or 0)) from error
             raise
-
-
-def probe_image(data: bytes, max_pixels: int) -> tuple[int, int]:
-    """Return width and height in pixels from an image's header; pixels are not decoded.
-
-    Raises:
-        ImageFileError: If the bytes are no image of an accepted format, or announce too many pixels.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-                width, height = image.size
-    except Image.DecompressionBombError as error:
-        raise ImageFileError("too many pixels", str(error)) from error
-    # Pillow's parsers raise OSError, SyntaxError, ValueError, struct.error, IndexError ... on damaged headers.
-    except Exception as error:
-        raise ImageFileError("not an image", f"begins with {data[:16]!r}") from error
-    if width * height > max_pixels:
-        raise ImageFileError("too many pixels", f"{width} x {height}; the limit is {max_pixels}")
-    return width, height
 
 
 def check_name(name: str) -> None:

@@ -29,9 +29,13 @@ from typing import Any
 import numpy as np
 
 from lcl_megatron.data.image_stores.image_folder import ImageFileError, check_name, is_url
-from lcl_megatron.data.image_stores.tar_members import tar_members
-from lcl_megatron.data.readers.records import RecordError, parse_object
-from lcl_megatron.data.readers.webdataset import IMAGE_EXTENSIONS, MAX_TEXT_BYTES, TEXT_EXTENSIONS, split_name
+from lcl_megatron.data.image_stores.tar_members import (
+    IMAGE_EXTENSIONS,
+    MAX_TEXT_BYTES,
+    TEXT_EXTENSIONS,
+    split_name,
+    tar_members,
+)
 from lcl_megatron.data.storage.indexed_file import map_array
 
 VERSION = 1
@@ -252,10 +256,11 @@ def _entries(tar: Path, number: int) -> Iterator[tuple[int, int, int, int, int]]
 def _url(record: bytes) -> str | None:
     """Return the URL in a record of img2dataset; None if it has none that can be looked up."""
     try:
-        url = parse_object(record).get("url")
+        fields = json.loads(record)
+        url = fields.get("url") if isinstance(fields, dict) else None
         if isinstance(url, str) and is_url(url):
             check_name(url)
             return url
-    except (RecordError, ImageFileError):
+    except (ValueError, RecursionError):  # no JSON, no UTF-8, or a URL that no name can be
         pass
     return None

@@ -7,6 +7,7 @@ archive. Here both are errors: a shard that lost its second half must not pass f
 from __future__ import annotations
 
 import gzip
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -17,6 +18,13 @@ from typing import IO, cast
 
 COMPRESSED = (".tar.gz", ".tgz")
 """Endings of compressed tars."""
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif")
+"""Extensions of a sample's image."""
+TEXT_EXTENSIONS = ("txt", "json")
+"""Extensions of its caption and its record."""
+MAX_TEXT_BYTES = 1 << 20
+"""Larger captions and records are not read: they have a few hundred bytes."""
+KEY_AND_EXTENSION = re.compile(r"((?:.*/)?[^./][^/.]*)\.([^/]+)", re.DOTALL)
 MAX_HEADER_BYTES = 1 << 20
 """Longest extended header: it is held in memory whatever it announces, and holds names and numbers."""
 EXTENDED_TYPES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, b"X")
@@ -68,6 +76,15 @@ def tar_members(path: Path) -> Iterator[TarMember]:
                 yield TarMember(info.name, info.size, info.offset_data, _problem(info), path, archive, info)
         if not archive.ended:
             raise tarfile.ReadError("it ends without an end mark: it was cut short")
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Return key and extension, lower case, of a member: ``a.b/c.seg.PNG`` is ``a.b/c`` and ``seg.png``.
+
+    Members of one key are a sample (webdataset). A name without either is its own key, with an empty extension.
+    """
+    match = KEY_AND_EXTENSION.fullmatch(name)
+    return (match[1], match[2].lower()) if match else (name, "")
 
 
 class _Archive(tarfile.TarFile):

@@ -108,12 +108,16 @@ class ComposedDocuments:
         }
         return cls(**per_document, **per_image, image_offsets=np.concatenate([[0], np.cumsum(counts[order])]))
 
-    def part(self, begins: np.ndarray, ends: np.ndarray, num_latents: int) -> ComposedDocuments:
+    def part(self, begins: np.ndarray | None, ends: np.ndarray | None, num_latents: int) -> ComposedDocuments:
         """Return what stands in a row that holds only the tokens [begin, end) of each document, (n,) int64 each.
 
+        None = whole documents; an end behind the document's is its end.
         No image is cut: the border of a row never goes through one. An image whose context stands in another row is
         not contrasted.
         """
+        if begins is None or ends is None:
+            return self
+        ends = np.minimum(ends, self.lengths)
         owner = np.repeat(np.arange(len(self.documents)), self.num_images)
         kept = (begins[owner] <= self.image_positions) & (self.image_positions < ends[owner])
         owner, positions = owner[kept], (self.image_positions - begins[owner])[kept]

@@ -12,15 +12,15 @@ import bisect
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lcl_megatron.config.errors import ConfigError, require
 from lcl_megatron.data.planning.compose import concatenate_ranges
 from lcl_megatron.data.planning.even_order import TICK_BITS, EvenMerge
-from lcl_megatron.data.planning.rows import EpochStatistics, PlannedRow, RowBlock, RowCounts, SourceRows
-from lcl_megatron.data.planning.table_cache import TABLE_VERSION
+from lcl_megatron.data.planning.rows import EpochStatistics, LazyRows, PlannedRow, RowBlock, RowCounts, SourceRows
+from lcl_megatron.data.planning.table_cache import TABLE_FIELDS, TABLE_VERSION
 
 if TYPE_CHECKING:
     from lcl_megatron.config.run import DataConfig
@@ -29,17 +29,7 @@ if TYPE_CHECKING:
 
 SHARE_STEPS = 1 << 20
 """Shares are rounded to one in so many rows."""
-ORDER_FIELDS = (
-    "mixture_weights",
-    "mixture_by",
-    "seq_length",
-    "min_similarity",
-    "max_images_per_document",
-    "too_many_images",
-    "max_images_per_row",
-    "layout",
-    "view",
-)
+ORDER_FIELDS = ("mixture_weights", "mixture_by", "view", *TABLE_FIELDS)
 """Fields of ``DataConfig`` that decide what the rows are and how they follow each other."""
 
 
@@ -171,7 +161,7 @@ class RowSequence:
         return rates
 
 
-class _Reordered(Sequence[PlannedRow]):
+class _Reordered(LazyRows):
     """Several sequences of rows, one behind the other and then in another order."""
 
     def __init__(self, parts: Sequence[Sequence[PlannedRow]], order: np.ndarray) -> None:
@@ -181,13 +171,8 @@ class _Reordered(Sequence[PlannedRow]):
     def __len__(self) -> int:
         return len(self._order)
 
-    @overload
-    def __getitem__(self, number: int) -> PlannedRow: ...
-    @overload
-    def __getitem__(self, number: slice) -> tuple[PlannedRow, ...]: ...
-    def __getitem__(self, number: int | slice) -> PlannedRow | tuple[PlannedRow, ...]:
-        if isinstance(number, slice):
-            return tuple(self[i] for i in range(*number.indices(len(self))))
+    def row(self, number: int) -> PlannedRow:
+        """Return a row, numbered from 0."""
         position = int(self._order[number])
         part = bisect.bisect_right(self._ends, position)
         return self._parts[part][position - int(self._ends[part])]

@@ -8,6 +8,7 @@ is farther away than another.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -52,8 +53,24 @@ class PlannedRow:
     """(k,) int64, token behind the last one; beyond the document's end = to its end."""
 
 
-class PlannedRows(Sequence[PlannedRow]):
-    """Rows, made when they are asked for: of the rows of all ranks a process looks at few.
+class LazyRows(Sequence[PlannedRow], ABC):
+    """Rows that are made when they are asked for: of the rows of all ranks a process looks at few."""
+
+    @abstractmethod
+    def row(self, number: int) -> PlannedRow:
+        """Return a row, numbered from 0."""
+
+    @overload
+    def __getitem__(self, number: int) -> PlannedRow: ...
+    @overload
+    def __getitem__(self, number: slice) -> tuple[PlannedRow, ...]: ...
+    def __getitem__(self, number: int | slice) -> PlannedRow | tuple[PlannedRow, ...]:
+        chosen = range(len(self))[number]
+        return self.row(chosen) if isinstance(chosen, int) else tuple(self.row(i) for i in chosen)
+
+
+class SourceRowBlock(LazyRows):
+    """Rows of one corpus.
 
     Args:
         source: Number of the corpus among the run's.
@@ -69,14 +86,8 @@ class PlannedRows(Sequence[PlannedRow]):
     def __len__(self) -> int:
         return len(self._indices)
 
-    @overload
-    def __getitem__(self, number: int) -> PlannedRow: ...
-    @overload
-    def __getitem__(self, number: slice) -> tuple[PlannedRow, ...]: ...
-    def __getitem__(self, number: int | slice) -> PlannedRow | tuple[PlannedRow, ...]:
-        if isinstance(number, slice):
-            return tuple(self[i] for i in range(*number.indices(len(self))))
-        number = range(len(self))[number]
+    def row(self, number: int) -> PlannedRow:
+        """Return a row, numbered from 0."""
         part = slice(self._borders[number], self._borders[number + 1])
         pieces = self._pieces
         return PlannedRow(
@@ -202,7 +213,7 @@ class SourceRows:
         composed = compose_pieces(self.composer, pieces, epochs[pieces.owner])
         begun = np.ones(len(pieces.owner)) if pieces.begins is None else pieces.begins == 0
         return RowBlock(
-            rows=PlannedRows(self.source, indices[:count], epochs, pieces),
+            rows=SourceRowBlock(self.source, indices[:count], epochs, pieces),
             counts=RowCounts(
                 num_documents=_sums(pieces.owner, begun, count),
                 num_images=_sums(pieces.owner, composed.num_images, count),
@@ -239,10 +250,7 @@ class SourceRows:
 
 def compose_pieces(composer: Composer, pieces: RowPieces, epochs: np.ndarray) -> ComposedDocuments:
     """Return what the pieces of some rows look like; ``epochs`` is (k,), the epoch of each piece."""
-    composed = composer.compose(pieces.documents, epochs)
-    if pieces.begins is None or pieces.ends is None:
-        return composed
-    return composed.part(pieces.begins, np.minimum(pieces.ends, composed.lengths), composer.num_latents)
+    return composer.compose(pieces.documents, epochs).part(pieces.begins, pieces.ends, composer.num_latents)
 
 
 def _sums(groups: np.ndarray, values: np.ndarray, num_groups: int) -> np.ndarray:

@@ -101,7 +101,7 @@ def _cache_folder(composer: Composer) -> Path:
 def _lock(folder: Path) -> Iterator[bool]:
     """Hold the right to build a table. False where the file system knows no locks: several processes build the same."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_suffix(".lock"), "wb") as stream:
+    with open(folder.with_suffix(".lock"), "ab") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX)
             is_alone = True

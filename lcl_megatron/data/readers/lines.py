@@ -6,14 +6,14 @@ import gzip
 import lzma
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
 
-from lcl_megatron.data.document import Source
-from lcl_megatron.data.readers.records import RecordError
+from lcl_megatron.data.document import Document, ImageSegment, Reject, Source, TextSegment
+from lcl_megatron.data.readers.records import RecordError, assemble
 
 MAX_LINE_BYTES = 64 << 20
 """Longer lines are rejected instead of read: a document of MMC4 has a few kilobytes."""
@@ -56,6 +56,28 @@ def read_lines(shard: Path, name: str = "") -> Iterator[Line]:
         for path, stream in members:
             with stream:
                 yield from _stream_lines(stream, path)
+
+
+def read_documents(
+    shard: Path, name: str, parse: Callable[[bytes], tuple[Sequence[TextSegment], Sequence[ImageSegment]]]
+) -> Iterator[Document | Reject]:
+    """Yield the document of every line, or a reject; a damaged line costs that line only.
+
+    Args:
+        shard: See ``read_lines``.
+        name: See ``read_lines``.
+        parse: Makes text segments and images of a line; raises ``RecordError``.
+
+    Raises:
+        OSError: See ``read_lines``.
+    """
+    for line in read_lines(shard, name):
+        try:
+            segments, images = parse(line.raw())
+        except RecordError as error:
+            yield Reject(line.source, error.reason, error.detail)
+        else:
+            yield from assemble(segments, images, line.source)
 
 
 def _stream_lines(stream: IO[bytes], path: str) -> Iterator[Line]:

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from lcl_megatron.data.document import Document, ImageKind, ImageSegment, Reject, TextSegment
-from lcl_megatron.data.readers.lines import read_lines
+from lcl_megatron.data.readers.lines import read_documents
 from lcl_megatron.data.readers.records import (
     RecordError,
-    assemble,
     check_utf8,
     get_field,
     get_similarity,
@@ -40,13 +39,7 @@ def read_mmc4(shard: Path, name: str = "") -> Iterator[Document | Reject]:
     Raises:
         OSError: If the shard cannot be read, or is a damaged zip or gzip file.
     """
-    for line in read_lines(shard, name):
-        try:
-            segments, images = _parse(line.raw())
-        except RecordError as error:
-            yield Reject(line.source, error.reason, error.detail)
-        else:
-            yield from assemble(segments, images, line.source)
+    return read_documents(shard, name, _parse)
 
 
 def _parse(raw: bytes) -> tuple[list[TextSegment], list[ImageSegment]]:

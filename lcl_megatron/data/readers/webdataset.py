@@ -7,7 +7,6 @@ behind the other; the key is the name up to the first dot of its last part. The 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,14 @@ from typing import Any
 
 from lcl_megatron.data.document import Document, ImageKind, ImageSegment, Reject, Source, TextSegment
 from lcl_megatron.data.image_stores.image_folder import ImageFileError, check_name, check_size
-from lcl_megatron.data.image_stores.tar_members import TarMember, tar_members
+from lcl_megatron.data.image_stores.tar_members import (
+    IMAGE_EXTENSIONS,
+    MAX_TEXT_BYTES,
+    TEXT_EXTENSIONS,
+    TarMember,
+    split_name,
+    tar_members,
+)
 from lcl_megatron.data.readers.records import (
     RecordError,
     decode,
@@ -24,13 +30,8 @@ from lcl_megatron.data.readers.records import (
     parse_object,
 )
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif")
-TEXT_EXTENSIONS = ("txt", "json")
 MAX_IMAGE_BYTES = 256 << 20
 """Larger images are not read into memory, whatever ``max_image_bytes`` of a run says."""
-MAX_TEXT_BYTES = 1 << 20
-"""Larger captions and records are not read: they have a few hundred bytes."""
-KEY_AND_EXTENSION = re.compile(r"((?:.*/)?[^./][^/.]*)\.([^/]+)", re.DOTALL)
 
 
 def read_webdataset(shard: Path, name: str = "") -> Iterator[Document | Reject]:
@@ -64,15 +65,6 @@ def read_webdataset(shard: Path, name: str = "") -> Iterator[Document | Reject]:
         sample.add(member, extension)
     if sample is not None:
         yield from sample.finish()
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """Return key and extension, lower case, of a member: ``a.b/c.seg.PNG`` is ``a.b/c`` and ``seg.png``.
-
-    A name without either is its own key, with an empty extension.
-    """
-    match = KEY_AND_EXTENSION.fullmatch(name)
-    return (match[1], match[2].lower()) if match else (name, "")
 
 
 @dataclass

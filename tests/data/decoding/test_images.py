@@ -245,3 +245,12 @@ def test_evaluation_image_that_would_grow_beyond_the_limit_is_refused() -> None:
 
 def test_blank_image_is_the_mean_colour() -> None:
     assert blank_image(4)[:, 1, 2].tolist() == list(BLANK_PIXEL)
+
+
+@pytest.mark.parametrize(("ratio", "width", "height"), [((3.0, 4.0), 1, 50), ((0.25, 0.3), 50, 1), ((3.0, 4.0), 1, 1)])
+def test_a_crop_has_a_pixel_whatever_the_shape(ratio: tuple[float, float], width: int, height: int) -> None:
+    transform = TrainingTransform(size=8, seed=0, crop_ratio=ratio)
+    for key in range(20):
+        box = transform.box(key, height, width)
+        assert 1 <= box.height <= height - box.top
+        assert 1 <= box.width <= width - box.left

@@ -21,7 +21,8 @@ from PIL import Image
 
 from lcl_megatron.config.errors import ConfigError
 from lcl_megatron.data.document import Document, ImageKind, ImageSegment, Source, TextSegment
-from lcl_megatron.data.image_stores.image_folder import ImageFileError, ImageFolder, probe_image
+from lcl_megatron.data.image_stores.image_folder import ImageFileError, ImageFolder
+from lcl_megatron.data.preprocessing.image_processing import probe_image
 from lcl_megatron.data.preprocessing.preprocess import preprocess
 from lcl_megatron.data.preprocessing.preprocess_config import PreprocessConfig, input_names
 from lcl_megatron.data.preprocessing.progress import Counters, Progress

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lcl_megatron.data.document import Document, ImageKind, Reject
+from lcl_megatron.data.image_stores.tar_members import split_name
 from lcl_megatron.data.readers import webdataset as reader
-from lcl_megatron.data.readers.webdataset import read_webdataset, split_name
+from lcl_megatron.data.readers.webdataset import read_webdataset
 from tests.data.tars import Member, sample, special, write_tar
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)

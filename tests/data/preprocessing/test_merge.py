@@ -16,11 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lcl_megatron.config.errors import ConfigError
+from lcl_megatron.data.preprocessing.merge import MergeConfig, merge_corpora
 from lcl_megatron.data.preprocessing.preprocess import PreprocessConfig, preprocess
 from lcl_megatron.data.storage.corpus import CONTENT_FILES, Corpus
 from lcl_megatron.data.storage.corpus_writer import write_corpus
 from lcl_megatron.data.storage.indexed_file import CorpusError
-from lcl_megatron.data.storage.merge import MergeConfig, merge_corpora
 from tests.data.corpora import random_documents, tiny_tokenizer
 
 ROOT = Path(__file__).parents[3]
