@@ -40,7 +40,13 @@ setup(
         "ray": ["ray>=2.30"],  # tools/preprocess_data.py --engine ray
         "dali": ["nvidia-dali-cuda130>=2.4,<3"],
         # Stock libraries that load an export, and other encoders to compare with.
-        "eval": ["timm>=1.0.20", "transformers>=4.57", "open_clip_torch>=3.0"],
+        "eval": [
+            "timm>=1.0.20",
+            "transformers>=4.57",
+            "open_clip_torch>=3.0",
+            "pycocoevalcap>=1.2",  # BLEU and CIDEr as the COCO server computes them
+            "webdataset>=1.0",
+        ],
         "dev": ["hypothesis>=6.100", "mypy>=2.0", "pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.15"],
     },
 )
