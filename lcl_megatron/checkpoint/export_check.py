@@ -50,6 +50,7 @@ def measure(report: ExportReport, weights: ModelWeights, folder: Path) -> dict[s
         LibraryError: timm or transformers is not installed.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
+    stock_library("transformers").utils.logging.disable_progress_bar()
     source = Source(weights)
     written = [name for name, part in report.folders.items() if part.skipped is None]
     checks: dict[str, Callable[[Reference, Path], dict[str, Measurement]]] = {
@@ -90,7 +91,7 @@ class Reference:
         """Return (1, S, V) logits of the text."""
         language = present(self.model.language)
         config = self.model.run_config
-        batch = _batch(self.text, torch.zeros(0, dtype=torch.int64), self.images[:0])
+        batch = document_batch(self.text, torch.zeros(0, dtype=torch.int64), self.images[:0])
         latents = torch.zeros(0, config.vision.num_patches, config.language.hidden_size)
         hidden_TH = language.decode(language.embed(batch, latents), batch)[:, 0]
         heads = present(language.heads)
@@ -109,7 +110,7 @@ class Reference:
             slots.append(len(ids))
             ids += [special.image] * config.vision.num_patches + [special.eoi]
         ids += self.text[0, -stretch:].tolist()
-        return _batch(torch.tensor([ids]), torch.tensor(slots, dtype=torch.int64), self.images[:num_images])
+        return document_batch(torch.tensor([ids]), torch.tensor(slots, dtype=torch.int64), self.images[:num_images])
 
 
 @contextmanager
@@ -133,8 +134,14 @@ def reference(source: Source) -> Iterator[Reference]:
         groups.destroy()
 
 
-def _batch(tokens_1S: Tensor, image_slots: Tensor, images: Tensor) -> PackedBatch:
-    """Return one document as a micro-batch in which every position has a target."""
+def document_batch(tokens_1S: Tensor, image_slots: Tensor, images: Tensor) -> PackedBatch:
+    """Return one document as a micro-batch in which every position has a target.
+
+    Args:
+        tokens_1S: (1, S) int64.
+        image_slots: (N,) int64, position of each image's first latent.
+        images: (N, 3, size, size) float32, as if normalised.
+    """
     length, num_images = tokens_1S.shape[1], len(image_slots)
     return PackedBatch(
         tokens=tokens_1S,

@@ -102,9 +102,9 @@ def card_text(card: Card) -> str:
     )
     sections = [
         "# Vision encoder pre-trained with Latent Compression Learning",
-        "Trained from random weights by [LCL](https://arxiv.org/abs/2406.07543): a Vision Transformer turns images "
-        "into latents, a causal language model reads text and latents; the losses are next-token prediction and a "
-        "contrast of each image with the text before it.",
+        "[LCL](https://arxiv.org/abs/2406.07543) trains a Vision Transformer, which turns images into latents, and a "
+        "causal language model that reads text and latents; the losses are next-token prediction and a contrast "
+        "of each image with the text before it.",
         "## How to load it\n" + "".join(_loading(card)).rstrip(),
         "## Training\n\n" + _table(_training(card.weights)),
         "## Data\n\n" + _table(_data(card.weights)),
