@@ -102,7 +102,7 @@ class ExportReport:
             for name in target.loaders
         }
         trips = [folder.round_trip for folder in self.folders.values() if folder.round_trip is not None]
-        return figures | {"round_trip": max(trips)}
+        return figures | {"round_trip": max(trips, default=None)}
 
     @property
     def failures(self) -> list[str]:
