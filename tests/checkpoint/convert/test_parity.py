@@ -150,9 +150,9 @@ def test_llava_reads_the_layer_before_the_last(exported: tuple[Any, ExportReport
     tower = transformers.CLIPVisionModel.from_pretrained(folder / "clip_vision").eval()
     with torch.no_grad(), reference(Source(weights)) as model:
         vision: Any = model.model.vision
-        keys = torch.zeros(len(model.images), dtype=torch.int64)
         vision.layers._modules.pop("1")
-        expected = vision.encode(vision.embed(model.images), keys, None)[:, 0].unflatten(0, (len(model.images), -1))
+        vision.final_layernorm = torch.nn.Identity()
+        expected = model.image_tokens()
         found = tower(model.images, output_hidden_states=True).hidden_states[-2]
     assert (found - expected).abs().max() < 1e-5
 
@@ -196,3 +196,20 @@ def test_known_sizes_name_their_timm_architecture(transformers: ModuleType) -> N
         key: value.shape for key, value in model.state_dict().items()
     }
     assert json.dumps(arguments)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("positions", "images", "length"), [(64, 2, 49), (24, 1, 23), (7, 1, 7), (8, 1, 7), (9, 1, 9)])
+def test_documents_of_the_check_fit_the_positions(
+    positions: int, images: int, length: int, tokenizer: Tokenizer
+) -> None:
+    """4 latents per image; the smallest row is <s> <BoI> image <EoI>."""
+    config = tiny_config(language={"max_position_embeddings": positions, "vocab_size": tokenizer.vocab_size})
+    with reference(Source(random_weights(config, tokenizer=tokenizer.model))) as model:
+        special = tokenizer.special_tokens
+        batch = model.interleaved(special)
+        assert batch.num_images == images
+        assert batch.tokens.shape == (1, length)
+        assert batch.tokens[0, batch.context_slots].tolist() == [special.boi] * images
+        assert int((batch.tokens == special.image).sum()) == 4 * images
+        assert torch.isfinite(model.logits(batch)).all()

@@ -68,10 +68,9 @@ def picture(seed: int) -> Image.Image:
 def greedy(own: Reference, ids: list[int], images: Tensor, slots: list[int], count: int) -> list[int]:
     """Return what the model itself continues with."""
     ids = list(ids)
-    vocab = own.model.run_config.language.vocab_size
     for _ in range(count):
         batch = document_batch(torch.tensor([ids]), torch.tensor(slots, dtype=torch.int64), images)
-        ids.append(int(own.model.target_logits(batch)[-1, :vocab].argmax()))
+        ids.append(int(own.logits(batch)[-1].argmax()))
     return ids
 
 
@@ -105,11 +104,11 @@ def test_rows_may_be_padded_on_the_left(whole: Any, own: Reference, tokenizer: T
 @torch.no_grad()
 def test_features_are_those_of_the_contrastive_loss(whole: Any, own: Reference, tokenizer: Tokenizer) -> None:
     batch = own.interleaved(tokenizer.special_tokens)
-    output = own.model(batch)
-    assert (whole.encode_image(batch.images) - normalize(output.pooled_ND, dim=-1)).abs().max() < 1e-6
+    pooled, context, _ = own.features(batch)
+    assert (whole.encode_image(batch.images) - normalize(pooled, dim=-1)).abs().max() < 1e-6
     first = int(batch.context_slots[0])
     text = whole.encode_text(batch.tokens[:, : first + 1])
-    assert (text - normalize(output.context_ND[:1], dim=-1)).abs().max() < 1e-6
+    assert (text - normalize(context[:1], dim=-1)).abs().max() < 1e-6
 
 
 @torch.no_grad()
