@@ -218,9 +218,18 @@ def _data(weights: ModelWeights) -> Iterator[tuple[str, Any]]:
     if data.mixture_weights:
         yield f"shares, by {data.mixture_by}", " : ".join(f"{weight:g}" for weight in data.mixture_weights)
     yield "view", ", ".join(data.view)
-    for name in ("layout", "seq_length", "max_images_per_document", "min_similarity", "context_rule"):
+    for name in (
+        "layout",
+        "seq_length",
+        "max_images_per_document",
+        "too_many_images",
+        "min_similarity",
+        "context_rule",
+    ):
         yield f"`data.{name}`", getattr(data, name)
     for name, value in (progress.data if progress else {}).items():
+        if name.startswith(("data.", "training.")):
+            continue
         # What is long is a fingerprint.
         yield name, value if len(value) <= 60 else f"{value[:57]}..."
 

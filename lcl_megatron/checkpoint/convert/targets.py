@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lcl_megatron.checkpoint.convert import clip_vision, opt, timm_vit, whole_model
 from lcl_megatron.checkpoint.convert.tokenizer_json import tokenizer_files
+from lcl_megatron.checkpoint.folders import CheckpointError
 from lcl_megatron.checkpoint.weights import ModelWeights
 from lcl_megatron.config import RunConfig
 from lcl_megatron.data.tokenizer import SpecialTokens, Tokenizer
@@ -33,8 +34,20 @@ class Source:
 
     @cached_property
     def special(self) -> SpecialTokens | None:
-        """Ids of the special tokens; None = there is no tokenizer."""
-        return Tokenizer(self.weights.tokenizer).special_tokens if self.weights.tokenizer is not None else None
+        """Ids of the special tokens; None = there is no tokenizer.
+
+        Raises:
+            CheckpointError: the tokenizer has ids that the model has no row for.
+        """
+        if self.weights.tokenizer is None:
+            return None
+        tokenizer, rows = Tokenizer(self.weights.tokenizer), self.config.language.vocab_size
+        if tokenizer.vocab_size > rows:
+            raise CheckpointError(
+                f"the tokenizer has {tokenizer.vocab_size} token ids, the model {rows}; they are not of one run: "
+                "put the run's tokenizer.model beside the weights"
+            )
+        return tokenizer.special_tokens
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def test_tool_verifies_and_ends_with_one_json_line(
     differences = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert list(differences) == ["timm", "auto_model", "clip_vision", "language_model", "whole_model", "round_trip"]
     assert differences.pop("round_trip") == 0.0
-    assert all(0 < difference < 1e-5 for difference in differences.values())
+    assert all(0 <= difference < 1e-5 for difference in differences.values())
     report = json.loads((output / "export_report.json").read_text())
     assert {name: one["max_abs_difference"] for name, one in report["measurements"].items()} == differences
     assert all(one["passed"] and one["missing_keys"] == [] for one in report["measurements"].values())
@@ -226,6 +226,13 @@ def test_language_model_without_a_tokenizer_names_no_tokens(tmp_path: Path) -> N
     assert [config[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [None] * 3
 
 
+def test_tokenizer_of_another_model_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    weights = random_weights(tiny_config(language={"vocab_size": 300}), tokenizer=tokenizer.model)
+    with pytest.raises(CheckpointError, match=rf"the tokenizer has {tokenizer.vocab_size} token ids, the model 300;"):
+        export_weights(weights, tmp_path / "export")
+    assert not (tmp_path / "export").exists()
+
+
 def test_model_card_says_what_was_trained_on_what(weights_folder: Path, tmp_path: Path) -> None:
     weights = read_weights(weights_folder)
     config = dataclasses.replace(
@@ -264,6 +271,7 @@ def test_model_card_says_what_was_trained_on_what(weights_folder: Path, tmp_path
     ):
         assert line in card, line
     assert "9.5" not in card
+    assert card.count("data.layout") == 1
     assert "curves" not in card
     assert "/data/" not in card
 
