@@ -117,6 +117,15 @@ def _tokenizer_files(source: Source, specials_in_text: bool) -> dict[str, str]:
     return tokenizer_files(source.weights.tokenizer, source.config.language.max_position_embeddings, specials_in_text)
 
 
+def _tokenizer_refusal(source: Source) -> str | None:
+    """Return why transformers has no tokenizer that gives the ids of the run's, or None if it has one."""
+    try:
+        _tokenizer_files(source, specials_in_text=False)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
 _VISION = Target(
     name="vision",
     folder=".",
@@ -141,7 +150,7 @@ _LANGUAGE_MODEL = Target(
     name="language_model",
     folder="language_model",
     loaders={"language_model": "transformers.OPTForCausalLM"},
-    refusal=lambda source: opt.refusal(source.config),
+    refusal=lambda source: opt.refusal(source.config) or _tokenizer_refusal(source),
     tensors=opt.to_opt,
     restore=opt.from_opt,
     files=_language_files,
@@ -151,7 +160,7 @@ _WHOLE_MODEL = Target(
     name="whole_model",
     folder="lcl",
     loaders={"whole_model": "LCLForConditionalGeneration of the folder's modeling_lcl.py"},
-    refusal=lambda source: whole_model.refusal(source.config, source.special),
+    refusal=lambda source: whole_model.refusal(source.config, source.special) or _tokenizer_refusal(source),
     tensors=whole_model.to_whole_model,
     restore=whole_model.from_whole_model,
     files=_whole_model_files,

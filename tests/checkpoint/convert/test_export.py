@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -31,7 +32,7 @@ from lcl_megatron.checkpoint.parameters import parameter_shapes
 from lcl_megatron.checkpoint.weights import ModelWeights, check_parameters, read_weights, write_weights
 from lcl_megatron.config import RunConfig
 from lcl_megatron.config.toml import to_toml
-from lcl_megatron.data.tokenizer import Tokenizer
+from lcl_megatron.data.tokenizer import PIECES, Tokenizer
 from tests.checkpoint import runs
 from tests.checkpoint.random_weights import PROGRESS, random_weights, tiny_config
 from tests.checkpoint.runs import CONFIG, Layout
@@ -230,7 +231,28 @@ def test_tokenizer_of_another_model_is_refused(tokenizer: Tokenizer, tmp_path: P
     weights = random_weights(tiny_config(language={"vocab_size": 300}), tokenizer=tokenizer.model)
     with pytest.raises(CheckpointError, match=rf"the tokenizer has {tokenizer.vocab_size} token ids, the model 300;"):
         export_weights(weights, tmp_path / "export")
-    assert not (tmp_path / "export").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tokenizer_that_transformers_has_not_costs_only_the_language_model(tmp_path: Path) -> None:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the cat sat on the mat"] * 50),
+        model_prefix=str(tmp_path / "unigram"),
+        vocab_size=290,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        pad_id=3,
+        pad_piece=PIECES["pad"],
+        control_symbols=[PIECES["boi"], PIECES["eoi"], PIECES["image"]],
+        minloglevel=2,
+    )
+    weights = random_weights(tiny_config(), tokenizer=(tmp_path / "unigram.model").read_bytes())
+    report = export_weights(weights, tmp_path / "export", include_whole_model=True)
+    skipped = {name: folder.skipped for name, folder in report.folders.items() if folder.skipped}
+    assert skipped.keys() == {"language_model", "whole_model"}
+    assert all("the tokenizer is not a byte-pair encoding, so" in str(reason) for reason in skipped.values())
 
 
 def test_model_card_says_what_was_trained_on_what(weights_folder: Path, tmp_path: Path) -> None:
