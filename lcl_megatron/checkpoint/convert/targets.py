@@ -104,7 +104,6 @@ def _whole_model_files(source: Source) -> dict[str, str]:
     config = source.config
     return {
         "config.json": json_text(whole_model.config_json(config, source.special)),
-        "generation_config.json": json_text(opt.token_ids(source.special)),
         "preprocessor_config.json": json_text(clip_vision.preprocessor_json(config)),
         "processor_config.json": json_text(whole_model.processor_json(config)),
         whole_model.MODELING_FILE: whole_model.modeling_code(),

@@ -227,6 +227,15 @@ def test_language_model_without_a_tokenizer_names_no_tokens(tmp_path: Path) -> N
     assert [config[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [None] * 3
 
 
+def test_missing_library_is_named_before_anything_is_written(
+    weights_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert run_tool(monkeypatch, "export", weights_folder, tmp_path / "export") == 1
+    assert "convert_checkpoint: huggingface_hub cannot be imported" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["weights"]
+
+
 def test_tokenizer_of_another_model_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     weights = random_weights(tiny_config(language={"vocab_size": 300}), tokenizer=tokenizer.model)
     with pytest.raises(CheckpointError, match=rf"the tokenizer has {tokenizer.vocab_size} token ids, the model 300;"):

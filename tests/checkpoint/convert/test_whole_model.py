@@ -213,3 +213,14 @@ def test_shipped_code_runs_where_the_package_is_not_installed(
     assert (export / "lcl" / "modeling_lcl.py").read_text() == (
         ROOT / "lcl_megatron" / "hf" / "modeling_lcl.py"
     ).read_text()
+
+
+def test_generation_ends_at_the_end_of_a_document(
+    whole: Any, export: Path, tokenizer: Tokenizer, transformers: Any
+) -> None:
+    special = tokenizer.special_tokens
+    alone = transformers.OPTForCausalLM.from_pretrained(export / "language_model")
+    for model in (whole.language_model, alone):
+        settings = model.generation_config
+        assert (settings.eos_token_id, settings.pad_token_id) == (special.eos, special.pad)
+        assert model.config.bos_token_id == special.bos
