@@ -318,7 +318,7 @@ def test_reading_and_exporting_work_without_megatron_core(saved: Callable[..., A
         [sys.executable, "-c", WITHOUT_MEGATRON, str(checkpoint), str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         check=False,
     )

@@ -202,7 +202,7 @@ def test_shipped_code_runs_where_the_package_is_not_installed(
         [sys.executable, "-c", REMOTE, str(export / "lcl"), str(ROOT), shim, str(tmp_path / "inputs")],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         cwd=tmp_path,
         env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""},
         check=False,
