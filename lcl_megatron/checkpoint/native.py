@@ -13,10 +13,8 @@ case, so that writing goes to a staging folder that is renamed when complete.
 from __future__ import annotations
 
 import logging
-import os
-import re
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,34 +24,37 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from lcl_megatron.checkpoint import optimizer_state
+from lcl_megatron.checkpoint.folders import (
+    CONFIG_FILE,
+    TOKENIZER_FILE,
+    CheckpointError,
+    Progress,
+    commit_folder,
+    find_latest,
+    read_config,
+    step_folder,
+)
 from lcl_megatron.config import RunConfig
-from lcl_megatron.config.toml import from_toml, to_toml
+from lcl_megatron.config.toml import to_toml
 from lcl_megatron.config.validate import architecture, architecture_difference
 from lcl_megatron.parallel.engine import Engine
 
 logger = logging.getLogger(__name__)
 
-_STEP_FOLDER = re.compile(r"step-(\d{8,})")
-CONFIG_FILE = "run.toml"
-TOKENIZER_FILE = "tokenizer.model"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used for this run."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run has come. With the seed it determines everything that follows."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    consumed_rows: int = 0
-    """Rows of the data order that have been trained on; where the data order goes on under any layout."""
-    consumed_images: int = 0
-    """Images that have been trained on."""
-    data: dict[str, str] = field(default_factory=dict)
-    """All that decides the sequence of rows, by name: corpora, seed, mixture and composition."""
+__all__ = [
+    "CONFIG_FILE",
+    "TOKENIZER_FILE",
+    "CheckpointError",
+    "Progress",
+    "Trainable",
+    "check_architecture",
+    "find_latest",
+    "load",
+    "load_model",
+    "read_config",
+    "save",
+    "step_folder",
+]
 
 
 @dataclass(frozen=True)
@@ -66,34 +67,6 @@ class Trainable:
     """Its optimizer."""
     scheduler: OptimizerParamScheduler
     """Its schedule."""
-
-
-def step_folder(root: str | Path, step: int) -> Path:
-    """Return the folder of a step's checkpoint."""
-    return Path(root) / f"step-{step:08d}"
-
-
-def find_latest(root: str | Path) -> Path | None:
-    """Return the complete checkpoint with the highest step under ``root``, or ``root`` itself if it is one."""
-    root = Path(root)
-    if (root / CONFIG_FILE).is_file():
-        return root
-    if not root.is_dir():
-        return None
-    complete = [folder for folder in root.iterdir() if _STEP_FOLDER.fullmatch(folder.name) and folder.is_dir()]
-    return max(complete, key=lambda folder: int(folder.name.split("-")[1]), default=None)
-
-
-def read_config(checkpoint: Path) -> RunConfig:
-    """Return the configuration of the run that wrote a checkpoint.
-
-    Raises:
-        CheckpointError: the folder is no checkpoint.
-    """
-    path = checkpoint / CONFIG_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{checkpoint} has no {CONFIG_FILE}; expected a step-NNNNNNNN folder of a training run")
-    return from_toml(path.read_text(encoding="utf-8"), str(path))
 
 
 def check_architecture(checkpoint: Path, config: RunConfig) -> None:
@@ -127,10 +100,7 @@ def save(root: str | Path, trainable: Trainable, progress: Progress, tokenizer: 
     if engine.groups.rank == 0:
         (staging / CONFIG_FILE).write_text(to_toml(engine.config), encoding="utf-8")
         (staging / TOKENIZER_FILE).write_bytes(tokenizer)
-        for path in [*staging.iterdir(), staging]:
-            _flush_to_disk(path)
-        staging.rename(final)
-        _flush_to_disk(final.parent)
+        commit_folder(staging, final)
     engine.groups.barrier()
     return final
 
@@ -178,12 +148,3 @@ def _model_state(engine: Engine) -> ShardedStateDict:
 def _unprefixed(state: dict[str, Any]) -> dict[str, Any]:
     """Return the names that the stage's module uses for the names of the whole model."""
     return {f"model.{name}": value for name, value in state.items()}
-
-
-def _flush_to_disk(path: Path) -> None:
-    """Make a file's content, or a folder's names, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

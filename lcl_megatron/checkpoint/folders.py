@@ -1,0 +1,83 @@
+"""Folders of checkpoints: their names and the small files in them; needs neither megatron-core nor a launcher."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lcl_megatron.config import RunConfig
+from lcl_megatron.config.toml import from_toml
+
+_STEP_FOLDER = re.compile(r"step-(\d{8,})")
+CONFIG_FILE = "run.toml"
+TOKENIZER_FILE = "tokenizer.model"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used for this run."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come. With the seed it determines everything that follows."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    consumed_rows: int = 0
+    """Rows of the data order that have been trained on; where the data order goes on under any layout."""
+    consumed_images: int = 0
+    """Images that have been trained on."""
+    data: dict[str, str] = field(default_factory=dict)
+    """All that decides the sequence of rows, by name: corpora, seed, mixture and composition."""
+
+
+def step_folder(root: str | Path, step: int) -> Path:
+    """Return the folder of a step's checkpoint."""
+    return Path(root) / f"step-{step:08d}"
+
+
+def find_latest(root: str | Path) -> Path | None:
+    """Return the complete checkpoint with the highest step under ``root``, or ``root`` itself if it is one."""
+    root = Path(root)
+    if (root / CONFIG_FILE).is_file():
+        return root
+    if not root.is_dir():
+        return None
+    complete = [folder for folder in root.iterdir() if _STEP_FOLDER.fullmatch(folder.name) and folder.is_dir()]
+    return max(complete, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+
+
+def read_config(checkpoint: Path) -> RunConfig:
+    """Return the configuration of the run that wrote a checkpoint.
+
+    Raises:
+        CheckpointError: the folder is no checkpoint.
+    """
+    path = checkpoint / CONFIG_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{checkpoint} has no {CONFIG_FILE}; expected a step-NNNNNNNN folder of a training run")
+    return from_toml(path.read_text(encoding="utf-8"), str(path))
+
+
+def commit_folder(staging: Path, final: Path) -> None:
+    """Give a finished folder its name: when it has it, everything in it is on disk, whatever happens next.
+
+    Args:
+        staging: the folder, beside its final place; files in subfolders are flushed too.
+        final: its new name; must not exist.
+    """
+    for path in [*staging.rglob("*"), staging]:
+        _flush_to_disk(path)
+    staging.rename(final)
+    _flush_to_disk(final.parent)
+
+
+def _flush_to_disk(path: Path) -> None:
+    """Make a file's content, or a folder's names, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,74 @@
+"""Names and shapes of all parameters of the whole model, from its configuration alone: no megatron-core, no model.
+
+Names are those of ``LCLModel`` with the ``torch`` backend; shapes are whole, the same for every parallel layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lcl_megatron.config import LanguageConfig, RunConfig, VisionConfig
+
+Shape = tuple[int, ...]
+
+
+def parameter_shapes(config: RunConfig) -> dict[str, Shape]:
+    """Return the shape of every parameter by its name.
+
+    Raises:
+        ConfigError: ``language.vocab_size`` is not set.
+    """
+    c, h = config.vision.hidden_size, config.language.hidden_size
+    shapes = dict(_vision(config.vision))
+    shapes["pool.query"] = (c,)
+    for word in ("query", "key", "value"):
+        shapes |= _affine(f"pool.{word}_layernorm", (c,))
+        shapes |= _affine(f"pool.{word}_projection", (h, c))
+    shapes["pool.output_projection.weight"] = (h, h)
+    shapes |= _language(config.language)
+    shapes["logit_scale"] = (1,)
+    return shapes
+
+
+def _affine(name: str, weight: Shape) -> dict[str, Shape]:
+    return {f"{name}.weight": weight, f"{name}.bias": weight[:1]}
+
+
+def _vision(vision: VisionConfig) -> Iterator[tuple[str, Shape]]:
+    c = vision.hidden_size
+    yield "vision.embedding.weight", (c, 3, vision.patch_size, vision.patch_size)
+    if vision.class_token:
+        yield "vision.embedding.class_token", (c,)
+    yield "vision.embedding.position_embeddings", (vision.num_tokens, c)
+    yield from _affine("vision.embedding.layernorm", (c,)).items()
+    for index in range(vision.num_layers):
+        yield from _layer(f"vision.layers.{index}", c, vision.ffn_hidden_size)
+        if vision.layer_scale_init is not None:
+            yield f"vision.layers.{index}.self_attn_bda.gamma", (c,)
+            yield f"vision.layers.{index}.mlp_bda.gamma", (c,)
+    yield from _affine("vision.final_layernorm", (c,)).items()
+
+
+def _language(language: LanguageConfig) -> Iterator[tuple[str, Shape]]:
+    h, v = language.hidden_size, language.padded_vocab_size
+    yield "language.embedding.word_embeddings.weight", (v, h)
+    yield "language.embedding.position_embeddings", (language.max_position_embeddings, h)
+    for index in range(language.num_layers):
+        yield from _layer(f"language.layers.{index}", h, language.ffn_hidden_size)
+    yield from _affine("language.heads.final_layernorm", (h,)).items()
+    yield from _affine("language.heads.context_layernorm", (h,)).items()
+    yield "language.heads.context_projection.weight", (h, h)
+    if language.context_bias:
+        yield "language.heads.context_projection.bias", (h,)
+    if not language.tie_embeddings:
+        yield "language.output_projection.weight", (v, h)
+
+
+def _layer(name: str, width: int, ffn: int) -> Iterator[tuple[str, Shape]]:
+    yield from _affine(f"{name}.input_layernorm", (width,)).items()
+    # Rows of linear_qkv are [head][q, k, v][head width].
+    yield from _affine(f"{name}.self_attention.linear_qkv", (3 * width, width)).items()
+    yield from _affine(f"{name}.self_attention.linear_proj", (width, width)).items()
+    yield from _affine(f"{name}.pre_mlp_layernorm", (width,)).items()
+    yield from _affine(f"{name}.mlp.linear_fc1", (ffn, width)).items()
+    yield from _affine(f"{name}.mlp.linear_fc2", (width, ffn)).items()

@@ -1,0 +1,191 @@
+"""The weights of a whole model, apart from training: what exporters read and importers write.
+
+    FOLDER/model.safetensors     every parameter of ``LCLModel`` under its name, whole
+    FOLDER/run.toml              the resolved configuration
+    FOLDER/tokenizer.model       the corpus's tokenizer, if there is one
+    FOLDER/progress.json         how far the run had come, if there was one
+
+A training checkpoint of any layout gives the same, without megatron-core, GPU, launcher or process group. Nothing that
+a file may name is run: see ``parallel/shards.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lcl_megatron.checkpoint.folders import (
+    CONFIG_FILE,
+    TOKENIZER_FILE,
+    CheckpointError,
+    Progress,
+    commit_folder,
+    find_latest,
+    read_config,
+)
+from lcl_megatron.checkpoint.parameters import parameter_shapes
+from lcl_megatron.config import RunConfig
+from lcl_megatron.config.toml import to_toml
+from lcl_megatron.parallel.shards import ShardError, ShardReader
+
+WEIGHTS_FILE = "model.safetensors"
+PROGRESS_FILE = "progress.json"
+_COMMON_FILE = "common.pt"
+_FUSED_NAMES = (("input_layernorm", "self_attention.linear_qkv"), ("pre_mlp_layernorm", "mlp.linear_fc1"))
+"""LayerNorms that a checkpoint stores under the name of the linear layer that reads them."""
+
+
+@dataclass(frozen=True, eq=False)
+class ModelWeights:
+    """Every parameter of a model, and what is needed to use them.
+
+    Raises:
+        CheckpointError: names or shapes are not those of the configuration's model.
+    """
+
+    config: RunConfig
+    """The run that made them, or a configuration whose model they fit; ``language.vocab_size`` is set."""
+    state: dict[str, Tensor]
+    """By the names of ``LCLModel`` with the ``torch`` backend (``vision.layers.0.mlp.linear_fc1.weight``); whole."""
+    tokenizer: bytes | None = None
+    """SentencePiece model of the corpus."""
+    progress: Progress | None = None
+    """How far the run had come; None = not from a run of this package."""
+
+    def __post_init__(self) -> None:
+        check_parameters(self.state, self.config)
+
+
+def check_parameters(state: Mapping[str, Tensor], config: RunConfig) -> None:
+    """Raise CheckpointError, naming every difference, unless names and shapes are those of the configuration's model.
+
+    Args:
+        state: tensors under the names of ``LCLModel``.
+        config: decides which parameters there are.
+    """
+    expected = parameter_shapes(config)
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    differences = [
+        f"{name}: {found.get(name, 'absent')}, expected {expected.get(name, 'none of this name')}"
+        for name in sorted(expected.keys() | found.keys())
+        if found.get(name) != expected.get(name)
+    ]
+    if differences:
+        listed = "\n  ".join(differences[:20])
+        more = f"\n  ... and {len(differences) - 20} more" if len(differences) > 20 else ""
+        raise CheckpointError(
+            f"the weights are not those of the configured model:\n  {listed}{more}\n"
+            "compare the sections vision, pool and language of the configuration"
+        )
+
+
+def read_weights(path: str | Path) -> ModelWeights:
+    """Return the weights of a weights folder, a training checkpoint, or the newest checkpoint of a folder of them.
+
+    Of a checkpoint in bfloat16, the optimizer's float32 values are returned: rounded, they are the model's.
+
+    Args:
+        path: a folder that ``write_weights`` wrote, ``step-NNNNNNNN``, or a folder that holds some.
+
+    Raises:
+        CheckpointError: it is none of these, is damaged, or holds another model than its configuration says.
+    """
+    path = Path(path)
+    if (path / WEIGHTS_FILE).is_file():
+        return _read_folder(path)
+    checkpoint = find_latest(path)
+    if checkpoint is None:
+        raise CheckpointError(
+            f"{path} is neither a folder of weights ({WEIGHTS_FILE}, {CONFIG_FILE}) nor a training checkpoint: "
+            "expected a step-NNNNNNNN folder, or one that holds some"
+        )
+    return _read_checkpoint(checkpoint)
+
+
+def write_weights(weights: ModelWeights, folder: str | Path) -> None:
+    """Write a weights folder; it exists only when it is complete. ``read_weights`` of it gives the same bits.
+
+    Raises:
+        CheckpointError: the folder exists.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise CheckpointError(f"{folder} exists; weights are never written over others: name another folder")
+    staging = folder.with_name(f".staging-{folder.name}")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    state = {name: tensor.detach().contiguous() for name, tensor in weights.state.items()}
+    save_file(state, staging / WEIGHTS_FILE, metadata={"format": "pt"})
+    (staging / CONFIG_FILE).write_text(to_toml(weights.config), encoding="utf-8")
+    if weights.tokenizer is not None:
+        (staging / TOKENIZER_FILE).write_bytes(weights.tokenizer)
+    if weights.progress is not None:
+        text = json.dumps(asdict(weights.progress), indent=2, ensure_ascii=False) + "\n"
+        (staging / PROGRESS_FILE).write_text(text, encoding="utf-8")
+    commit_folder(staging, folder)
+
+
+def _read_folder(folder: Path) -> ModelWeights:
+    try:
+        state = load_file(folder / WEIGHTS_FILE)
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder / WEIGHTS_FILE} is damaged: {error}; export or import it again") from error
+    progress = None
+    if (path := folder / PROGRESS_FILE).is_file():
+        try:
+            progress = Progress(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{path} does not hold the progress of a run: {error}") from error
+    return _weights(folder, read_config(folder), state, progress)
+
+
+def _read_checkpoint(checkpoint: Path) -> ModelWeights:
+    config = read_config(checkpoint)
+    reader = ShardReader(checkpoint)
+    try:
+        stored = reader.tensors()
+        names = {name: _stored_name(name, stored) for name in parameter_shapes(config)}
+        tensors = reader.read(name for name in names.values() if name in stored)
+    except ShardError as error:
+        raise CheckpointError(f"{error}; copy the checkpoint again, or take the one before") from error
+    state = {name: tensors[source] for name, source in names.items() if source in tensors}
+    return _weights(checkpoint, config, state, Progress(**_common(checkpoint)["progress"]))
+
+
+def _stored_name(name: str, stored: Mapping[str, Any]) -> str:
+    """Return the name in a checkpoint under which a parameter has its most precise values."""
+    for own, fused in _FUSED_NAMES:
+        name = re.sub(rf"^(\w+\.layers\.\d+)\.{own}\.", rf"\1.{fused}.layer_norm_", name)
+    precise = f"optimizer.state.param.{name}"
+    if precise in stored and stored[name].properties.dtype != torch.float32:
+        return precise
+    return name
+
+
+def _common(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / _COMMON_FILE
+    try:
+        common: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        Progress(**common["progress"])
+    except (OSError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path} does not hold the progress of a run: {error}") from error
+    return common
+
+
+def _weights(folder: Path, config: RunConfig, state: dict[str, Tensor], progress: Progress | None) -> ModelWeights:
+    tokenizer = folder / TOKENIZER_FILE
+    try:
+        return ModelWeights(config, state, tokenizer.read_bytes() if tokenizer.is_file() else None, progress)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
