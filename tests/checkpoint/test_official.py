@@ -81,9 +81,9 @@ def test_qkv_rows_stand_where_each_layout_wants_them() -> None:
 
 def test_missing_and_unknown_names_are_listed(config: RunConfig, official) -> None:
     official["visual.proj"] = official.pop("visual.ln_pre.bias")
-    with pytest.raises(ValueError, match=r"lacks \['visual\.ln_pre\.bias'\] and has unknown \['visual\.proj'\]"):
+    with pytest.raises(ValueError, match=r"lacks visual\.ln_pre\.bias and has unknown visual\.proj; it is not"):
         from_official(official, config)
-    with pytest.raises(ValueError, match=r"lacks .*'pool\.query'.* and has unknown nothing; it is not of the"):
+    with pytest.raises(ValueError, match=r"lacks language\..*, \.\.\. \(\d\d names\) and has unknown nothing; it"):
         to_official({}, config)
 
 
@@ -93,5 +93,5 @@ def test_state_of_a_model_with_more_layers_is_refused(config: RunConfig, officia
         for name, tensor in official.items()
         if name.startswith("text.transformer.resblocks.1.")
     }
-    with pytest.raises(ValueError, match=r"lacks nothing and has unknown \['text\.transformer\.resblocks\.2\."):
+    with pytest.raises(ValueError, match=r"lacks nothing and has unknown text\.transformer\.resblocks\.2\."):
         from_official(official, config)

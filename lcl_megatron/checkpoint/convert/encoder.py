@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lcl_megatron.checkpoint.convert.entries import ConversionError, Entry, affine, qkv_entry, same
+from lcl_megatron.checkpoint.convert.entries import ConversionError, Entry, affine, interleave_qkv, split_qkv
 from lcl_megatron.config import VisionConfig
 
 
@@ -31,8 +31,8 @@ class LayerNames:
 
     attention_norm: str
     """LayerNorm before the attention."""
-    qkv: tuple[str, ...]
-    """Input projection of the attention, whole or as q, k and v; ``{}`` stands for ``weight`` or ``bias``."""
+    qkv: str
+    """Input projection of the attention, rows [q; k; v]; ``{}`` stands for ``weight`` or ``bias``."""
     attention_output: str
     """Output projection of the attention."""
     mlp_norm: str
@@ -66,7 +66,7 @@ class EncoderNames:
 
 
 OPEN_CLIP_LAYER = LayerNames(
-    "ln_1", ("attn.in_proj_{}",), "attn.out_proj", "ln_2", ("mlp.c_fc", "mlp.c_proj"), ("ls_1.gamma", "ls_2.gamma")
+    "ln_1", "attn.in_proj_{}", "attn.out_proj", "ln_2", ("mlp.c_fc", "mlp.c_proj"), ("ls_1.gamma", "ls_2.gamma")
 )
 OPEN_CLIP = EncoderNames(
     patches="conv1.weight",
@@ -85,9 +85,7 @@ TIMM = EncoderNames(
     leading_dims=True,
     first_norm="norm_pre",
     layers="blocks",
-    layer=LayerNames(
-        "norm1", ("attn.qkv.{}",), "attn.proj", "norm2", ("mlp.fc1", "mlp.fc2"), ("ls1.gamma", "ls2.gamma")
-    ),
+    layer=LayerNames("norm1", "attn.qkv.{}", "attn.proj", "norm2", ("mlp.fc1", "mlp.fc2"), ("ls1.gamma", "ls2.gamma")),
     last_norm="norm",
 )
 CLIP = EncoderNames(
@@ -99,13 +97,14 @@ CLIP = EncoderNames(
     layers="encoder.layers",
     layer=LayerNames(
         "layer_norm1",
-        tuple(f"self_attn.{letter}_proj.{{}}" for letter in "qkv"),
+        "self_attn.qkv_proj.{}",
         "self_attn.out_proj",
         "layer_norm2",
         ("mlp.fc1", "mlp.fc2"),
     ),
     last_norm="post_layernorm",
 )
+"""With q, k and v of each layer as one tensor: see ``initial_clip.join_projections``."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ class StockEncoder:
     vision: VisionConfig
     """The tower of ours that is the same function."""
     state: Mapping[str, Tensor]
-    """float32 parameters of the tower, without pooling and heads."""
+    """float32 parameters of the tower by those names, without pooling and heads."""
     features: Callable[[Tensor], Tensor]
     """From normalised images (N, 3, H, W) to what the library's own code computes: the last LayerNorm's output at the
     patches, (N, P, C)."""
@@ -135,7 +134,7 @@ def encoder_table(names: EncoderNames, vision: VisionConfig, prefix: str = "") -
     """
     dims = (1,) if names.leading_dims else ()
     entries = [
-        same("vision.embedding.weight", prefix + names.patches),
+        Entry("vision.embedding.weight", prefix + names.patches),
         _with_leading_dims("vision.embedding.position_embeddings", prefix + names.positions, dims),
         *affine("vision.embedding.layernorm", prefix + names.first_norm),
         *affine("vision.final_layernorm", prefix + names.last_norm),
@@ -147,7 +146,7 @@ def encoder_table(names: EncoderNames, vision: VisionConfig, prefix: str = "") -
         entries += layer_entries(f"vision.layers.{index}", there, names.layer, vision.num_attention_heads)
         if vision.layer_scale_init is not None:
             for branch, leaf in zip(("self_attn_bda", "mlp_bda"), names.layer.layer_scale, strict=True):
-                entries.append(same(f"vision.layers.{index}.{branch}.gamma", f"{there}.{leaf}"))
+                entries.append(Entry(f"vision.layers.{index}.{branch}.gamma", f"{there}.{leaf}"))
     return entries
 
 
@@ -161,8 +160,14 @@ def layer_entries(ours: str, theirs: str, names: LayerNames, num_heads: int) -> 
         *affine(f"{ours}.mlp.linear_fc2", f"{theirs}.{names.mlp[1]}"),
     ]
     for leaf in ("weight", "bias"):
-        there = tuple(f"{theirs}.{name.format(leaf)}" for name in names.qkv)
-        entries.append(qkv_entry(f"{ours}.self_attention.linear_qkv.{leaf}", there, num_heads))
+        entries.append(
+            Entry(
+                f"{ours}.self_attention.linear_qkv.{leaf}",
+                f"{theirs}.{names.qkv.format(leaf)}",
+                lambda tensor: interleave_qkv(tensor, num_heads),
+                lambda tensor: split_qkv(tensor, num_heads),
+            )
+        )
     return entries
 
 
@@ -170,9 +175,9 @@ def _with_leading_dims(ours: str, theirs: str, dims: tuple[int, ...]) -> Entry:
     skip = len(dims)
     return Entry(
         ours,
-        (theirs,),
-        lambda parts: parts[0].reshape(parts[0].shape[skip:]),
-        lambda tensor: (tensor.reshape(*dims, *tensor.shape),),
+        theirs,
+        lambda tensor: tensor.reshape(tensor.shape[skip:]),
+        lambda tensor: tensor.reshape(*dims, *tensor.shape),
     )
 
 

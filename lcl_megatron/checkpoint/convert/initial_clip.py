@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from torch import Tensor
 
 from lcl_megatron.checkpoint.convert.encoder import CLIP, StockEncoder, activation_name, layernorm_epsilon
@@ -32,7 +35,8 @@ def load_clip(name: str) -> StockEncoder:
     # Other architectures load too, with random weights where names differ.
     if lacking := sorted(info["missing_keys"]):
         raise ConversionError(
-            f"{source} lacks {len(lacking)} weights of CLIP's vision tower, {lacking[0]} among them; it is no CLIP model"
+            f"{source} lacks {len(lacking)} weights of CLIP's vision tower, among them {lacking[0]}; "
+            "it is no CLIP model"
         )
     config = model.config
     model = model.eval().float()
@@ -58,4 +62,23 @@ def load_clip(name: str) -> StockEncoder:
 
     # Version 4 saved the indices of the positions too.
     state = {name: value for name, value in tower.state_dict().items() if not name.endswith("position_ids")}
-    return StockEncoder("clip", CLIP, vision, state, features)
+    return StockEncoder("clip", CLIP, vision, join_projections(state), features)
+
+
+def join_projections(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a tower's state dict with q, k and v of each layer as one tensor, ``self_attn.qkv_proj``."""
+    joined = dict(state)
+    for name in [name for name in state if ".self_attn.q_proj." in name]:
+        parts = [joined.pop(name.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
+        joined[name.replace("q_proj", "qkv_proj")] = torch.cat(parts)
+    return joined
+
+
+def split_projections(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Undo ``join_projections``."""
+    split = {name: tensor for name, tensor in state.items() if ".qkv_proj." not in name}
+    for name, tensor in state.items():
+        if ".qkv_proj." in name:
+            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+                split[name.replace("qkv_proj", f"{letter}_proj")] = part.contiguous()
+    return split

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from lcl_megatron.checkpoint.convert.encoder import (
@@ -44,7 +46,7 @@ def load_open_clip(name: str) -> StockEncoder:
     return open_clip_encoder(model.visual, source)
 
 
-def open_clip_encoder(module: nn.Module, source: str) -> StockEncoder:
+def open_clip_encoder(module: Any, source: str) -> StockEncoder:
     """Return the ``visual`` of an open_clip model as a tower; one that is timm's is read as such.
 
     Args:
@@ -58,7 +60,9 @@ def open_clip_encoder(module: nn.Module, source: str) -> StockEncoder:
     if hasattr(module, "trunk"):
         return timm_encoder(module.trunk, source)
     if type(module) is not known.VisionTransformer:
-        raise ConversionError(f"{source} has a {type(module).__name__}; only open_clip's VisionTransformer has our layers")
+        raise ConversionError(
+            f"{source} has a {type(module).__name__}; only open_clip's VisionTransformer has our layers"
+        )
     module = module.eval().float()
     block = module.transformer.resblocks[0]
     state = {name: value for name, value in module.state_dict().items() if not name.startswith(_HEADS)}

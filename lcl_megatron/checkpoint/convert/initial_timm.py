@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from lcl_megatron.checkpoint.convert.encoder import (
@@ -41,7 +43,7 @@ def load_timm(name: str) -> StockEncoder:
     return timm_encoder(module, f"timm:{name}")
 
 
-def timm_encoder(module: nn.Module, source: str) -> StockEncoder:
+def timm_encoder(module: Any, source: str) -> StockEncoder:
     """Return a timm model as a tower.
 
     Args:
