@@ -20,8 +20,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from lcl_megatron.checkpoint.convert.encoder import StockEncoder, encoder_table
-from lcl_megatron.checkpoint.convert.entries import ConversionError, to_ours, to_theirs
+from lcl_megatron.checkpoint.convert.encoder import StockEncoder
 from lcl_megatron.checkpoint.convert.initial_clip import load_clip
 from lcl_megatron.checkpoint.convert.initial_open_clip import load_open_clip
 from lcl_megatron.checkpoint.convert.initial_timm import load_timm
@@ -35,6 +34,8 @@ from lcl_megatron.checkpoint.convert.official_file import (
 )
 from lcl_megatron.checkpoint.convert.parity import feature_difference, largest_difference
 from lcl_megatron.checkpoint.convert.positions import for_image_size
+from lcl_megatron.checkpoint.convert.table import export_tensors, import_tensors
+from lcl_megatron.checkpoint.folders import CheckpointError
 from lcl_megatron.checkpoint.weights import ModelWeights, read_weights, write_weights
 from lcl_megatron.config import RunConfig
 
@@ -95,37 +96,42 @@ def read_source(source: str, heads: Heads | None = None) -> Source:
         heads: attention heads of a released file.
 
     Raises:
-        ConversionError: it is of no known kind, cannot be loaded, or our model cannot hold it exactly.
-        CheckpointError: it is a checkpoint or a weights folder, and damaged.
+        CheckpointError: it is of no known kind, cannot be loaded, is damaged, or our model cannot hold it exactly.
         LibraryError: the library that reads it is not installed.
     """
     library, _, name = source.partition(":")
     if library in _LIBRARIES and name:
-        return _encoder_source(_LIBRARIES[library](name), source)
+        return encoder_source(_LIBRARIES[library](name), source)
     path = Path(source)
     if path.suffix in _FILES and path.is_file():
         return _official_source(path, heads or Heads())
     if not path.is_dir():
-        raise ConversionError(
+        raise CheckpointError(
             f"{source}: there is no such file or folder, and it does not begin with clip:, open_clip: or timm:"
         )
     if (path / "open_clip_config.json").is_file():
-        return _encoder_source(load_open_clip(f"local-dir:{path}"), source)
+        return encoder_source(load_open_clip(f"local-dir:{path}"), source)
     if (path / "config.json").is_file():
         described = json.loads((path / "config.json").read_text(encoding="utf-8"))
         if "architecture" in described:
-            return _encoder_source(load_timm(f"local-dir:{path}"), source)
-        return _encoder_source(load_clip(str(path)), source)
+            return encoder_source(load_timm(f"local-dir:{path}"), source)
+        return encoder_source(load_clip(str(path)), source)
     return Source(read_weights(path))
 
 
-def _encoder_source(stock: StockEncoder, source: str) -> Source:
-    table = encoder_table(stock.names, stock.vision)
+def encoder_source(stock: StockEncoder, source: str) -> Source:
+    """Return another library's vision tower as ours.
+
+    Raises:
+        CheckpointError: it has a parameter that ours has not, or lacks one; errors start with ``source``.
+    """
     try:
-        weights = ModelWeights(RunConfig(vision=stock.vision), to_ours(table, stock.state))
-    except ValueError as error:
-        raise ConversionError(f"{source}: our vision tower cannot hold it exactly: {error}") from error
-    return Source(weights, stock.library, lambda: stock, stock.state, lambda ours: to_theirs(table, ours.state))
+        weights = ModelWeights(RunConfig(vision=stock.vision), import_tensors(stock.table, stock.state))
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: our vision tower cannot hold it exactly: {error}") from error
+    return Source(
+        weights, stock.library, lambda: stock, stock.state, lambda ours: export_tensors(stock.table, ours.state)
+    )
 
 
 def _official_source(path: Path, heads: Heads) -> Source:
@@ -154,7 +160,7 @@ def import_weights(source: str, output: str | Path, options: ImportOptions, veri
         from the weights; empty without ``verify``.
 
     Raises:
-        ConversionError, CheckpointError, LibraryError: see ``read_source``; or ``output`` exists.
+        CheckpointError, LibraryError: see ``read_source``; or ``output`` exists.
     """
     read = read_source(source, options.heads)
     differences = read.differences() if verify else {}

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import torch
 from torch import Tensor
 
-from lcl_megatron.checkpoint.convert.encoder import CLIP, StockEncoder, activation_name, layernorm_epsilon
-from lcl_megatron.checkpoint.convert.entries import ConversionError
+from lcl_megatron.checkpoint.convert import clip_vision
+from lcl_megatron.checkpoint.convert.encoder import StockEncoder, activation_name, layernorm_epsilon
+from lcl_megatron.checkpoint.folders import CheckpointError
 from lcl_megatron.checkpoint.stock_libraries import stock_library
-from lcl_megatron.config import VisionConfig
+from lcl_megatron.config import RunConfig, VisionConfig
 
 
 def load_clip(name: str) -> StockEncoder:
@@ -20,7 +18,7 @@ def load_clip(name: str) -> StockEncoder:
         name: a local folder with ``config.json``, or a name on the hub.
 
     Raises:
-        ConversionError: it cannot be loaded, lacks weights, or our tower cannot hold it exactly.
+        CheckpointError: it cannot be loaded, lacks weights, or our tower cannot hold it exactly.
         LibraryError: transformers is not installed.
     """
     transformers = stock_library("transformers")
@@ -29,12 +27,12 @@ def load_clip(name: str) -> StockEncoder:
         model, info = transformers.CLIPVisionModel.from_pretrained(name, output_loading_info=True)
     # What hub, file or name may be wrong raises nearly anything.
     except Exception as error:
-        raise ConversionError(
+        raise CheckpointError(
             f"{source} cannot be loaded: {error}; give a folder or a hub name of a CLIPModel or CLIPVisionModel"
         ) from error
     # Other architectures load too, with random weights where names differ.
     if lacking := sorted(info["missing_keys"]):
-        raise ConversionError(
+        raise CheckpointError(
             f"{source} lacks {len(lacking)} weights of CLIP's vision tower, among them {lacking[0]}; "
             "it is no CLIP model"
         )
@@ -60,25 +58,5 @@ def load_clip(name: str) -> StockEncoder:
         tokens: Tensor = tower.post_layernorm(model(pixel_values=images).last_hidden_state)
         return tokens[:, 1:]
 
-    # Version 4 saved the indices of the positions too.
-    state = {name: value for name, value in tower.state_dict().items() if not name.endswith("position_ids")}
-    return StockEncoder("clip", CLIP, vision, join_projections(state), features)
-
-
-def join_projections(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a tower's state dict with q, k and v of each layer as one tensor, ``self_attn.qkv_proj``."""
-    joined = dict(state)
-    for name in [name for name in state if ".self_attn.q_proj." in name]:
-        parts = [joined.pop(name.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
-        joined[name.replace("q_proj", "qkv_proj")] = torch.cat(parts)
-    return joined
-
-
-def split_projections(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Undo ``join_projections``."""
-    split = {name: tensor for name, tensor in state.items() if ".qkv_proj." not in name}
-    for name, tensor in state.items():
-        if ".qkv_proj." in name:
-            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                split[name.replace("qkv_proj", f"{letter}_proj")] = part.contiguous()
-    return split
+    state = {f"vision_model.{name}": value.detach() for name, value in tower.named_parameters()}
+    return StockEncoder("clip", vision, clip_vision.table(RunConfig(vision=vision)), state, features)

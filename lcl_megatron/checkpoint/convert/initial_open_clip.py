@@ -7,14 +7,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from lcl_megatron.checkpoint.convert.encoder import (
-    OPEN_CLIP,
     StockEncoder,
     activation_name,
     layernorm_epsilon,
     require_fit,
 )
-from lcl_megatron.checkpoint.convert.entries import ConversionError
 from lcl_megatron.checkpoint.convert.initial_timm import timm_encoder
+from lcl_megatron.checkpoint.convert.official import open_clip_table
+from lcl_megatron.checkpoint.folders import CheckpointError
 from lcl_megatron.checkpoint.stock_libraries import stock_library
 from lcl_megatron.config import VisionConfig
 
@@ -29,7 +29,7 @@ def load_open_clip(name: str) -> StockEncoder:
         name: ``MODEL/PRETRAINED`` (a tag, or the path of a weights file), ``hf-hub:ORG/NAME`` or ``local-dir:PATH``.
 
     Raises:
-        ConversionError: it cannot be loaded or has no weights, or our tower cannot hold it exactly.
+        CheckpointError: it cannot be loaded or has no weights, or our tower cannot hold it exactly.
         LibraryError: open_clip is not installed.
     """
     open_clip = stock_library("open_clip")
@@ -39,7 +39,7 @@ def load_open_clip(name: str) -> StockEncoder:
         model = open_clip.create_model(model_name, pretrained or None, require_pretrained=True)
     # What hub, file or name may be wrong raises nearly anything.
     except Exception as error:
-        raise ConversionError(
+        raise CheckpointError(
             f"{source} cannot be loaded: {error}; give MODEL/PRETRAINED of open_clip.list_pretrained(), MODEL/FILE, "
             "hf-hub:ORG/NAME or local-dir:FOLDER"
         ) from error
@@ -54,13 +54,13 @@ def open_clip_encoder(module: Any, source: str) -> StockEncoder:
         source: where it comes from; errors start with it.
 
     Raises:
-        ConversionError: our tower cannot hold it exactly; the message says what it has that ours has not.
+        CheckpointError: our tower cannot hold it exactly; the message says what it has that ours has not.
     """
     known = stock_library("open_clip.transformer")
     if hasattr(module, "trunk"):
         return timm_encoder(module.trunk, source)
     if type(module) is not known.VisionTransformer:
-        raise ConversionError(
+        raise CheckpointError(
             f"{source} has a {type(module).__name__}; only open_clip's VisionTransformer has our layers"
         )
     module = module.eval().float()
@@ -94,4 +94,4 @@ def open_clip_encoder(module: Any, source: str) -> StockEncoder:
         tokens: Tensor = module.ln_post(module.transformer(module._embeds(images)))
         return tokens[:, 1:]
 
-    return StockEncoder("open_clip", OPEN_CLIP, vision, state, features)
+    return StockEncoder("open_clip", vision, open_clip_table(vision), state, features)

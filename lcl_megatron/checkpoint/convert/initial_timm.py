@@ -6,16 +6,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lcl_megatron.checkpoint.convert import timm_vit
 from lcl_megatron.checkpoint.convert.encoder import (
-    TIMM,
     StockEncoder,
     activation_name,
     layernorm_epsilon,
     require_fit,
 )
-from lcl_megatron.checkpoint.convert.entries import ConversionError
+from lcl_megatron.checkpoint.folders import CheckpointError
 from lcl_megatron.checkpoint.stock_libraries import stock_library
-from lcl_megatron.config import VisionConfig
+from lcl_megatron.config import RunConfig, VisionConfig
 
 _HEADS = ("head.", "fc_norm.", "attn_pool.")
 """What stands behind the tower: classifiers and pools."""
@@ -28,7 +28,7 @@ def load_timm(name: str) -> StockEncoder:
         name: a model with its tag (``vit_base_patch16_clip_224.laion2b``), ``hf-hub:ORG/NAME`` or ``local-dir:PATH``.
 
     Raises:
-        ConversionError: timm has no such model or cannot load it, or our tower cannot hold it exactly.
+        CheckpointError: timm has no such model or cannot load it, or our tower cannot hold it exactly.
         LibraryError: timm is not installed.
     """
     timm = stock_library("timm")
@@ -36,7 +36,7 @@ def load_timm(name: str) -> StockEncoder:
         module = timm.create_model(name, pretrained=True)
     # What hub, file or name may be wrong raises nearly anything.
     except Exception as error:
-        raise ConversionError(
+        raise CheckpointError(
             f"timm:{name} cannot be loaded: {error}; give a pretrained model of timm.list_pretrained() or "
             "timm:local-dir:FOLDER"
         ) from error
@@ -51,11 +51,11 @@ def timm_encoder(module: Any, source: str) -> StockEncoder:
         source: where it comes from; errors start with it.
 
     Raises:
-        ConversionError: our tower cannot hold it exactly; the message says what it has that ours has not.
+        CheckpointError: our tower cannot hold it exactly; the message says what it has that ours has not.
     """
     known = stock_library("timm.models.vision_transformer")
     if type(module) is not known.VisionTransformer:
-        raise ConversionError(f"{source} is a {type(module).__name__}; only timm's VisionTransformer has our layers")
+        raise CheckpointError(f"{source} is a {type(module).__name__}; only timm's VisionTransformer has our layers")
     module = module.eval().float()
     block, patches = module.blocks[0], module.patch_embed
     state = {name: value for name, value in module.state_dict().items() if not name.startswith(_HEADS)}
@@ -91,4 +91,4 @@ def timm_encoder(module: Any, source: str) -> StockEncoder:
         tokens: Tensor = module.forward_features(images)
         return tokens[:, int(class_token) :]
 
-    return StockEncoder("timm", TIMM, vision, state, features)
+    return StockEncoder("timm", vision, timm_vit.table(RunConfig(vision=vision)), state, features)

@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lcl_megatron.checkpoint.convert.encoder import StockEncoder
-from lcl_megatron.checkpoint.convert.entries import ConversionError
 from lcl_megatron.checkpoint.convert.initial_open_clip import open_clip_encoder
 from lcl_megatron.checkpoint.convert.official import from_official, to_official
+from lcl_megatron.checkpoint.folders import CheckpointError
 from lcl_megatron.checkpoint.parameters import PARTS
 from lcl_megatron.checkpoint.stock_libraries import stock_library
 from lcl_megatron.checkpoint.weights import ModelWeights
@@ -57,7 +57,7 @@ def read_official_state(path: str | Path) -> dict[str, Tensor]:
     """Return the state dict of a released file, without wrappers, in float32, which holds fp16 and bf16 exactly.
 
     Raises:
-        ConversionError: the file cannot be read, or holds anything but tensors.
+        CheckpointError: the file cannot be read, or holds anything but tensors.
     """
     path = Path(path)
     try:
@@ -67,15 +67,15 @@ def read_official_state(path: str | Path) -> dict[str, Tensor]:
             # Mapped where possible: an optimizer state in the same file is then never read.
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        raise ConversionError(
+        raise CheckpointError(
             f"{path} holds other things than tensors, which are not unpickled: {str(error).splitlines()[0]}; "
             "save its state dict alone: torch.save({'state_dict': model.state_dict()}, FILE)"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, SafetensorError) as error:
-        raise ConversionError(f"{path} cannot be read as a file of torch.save or safetensors: {error}") from error
+        raise CheckpointError(f"{path} cannot be read as a file of torch.save or safetensors: {error}") from error
     state = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ConversionError(
+        raise CheckpointError(
             f"{path} holds no state dict; expected tensors by name, or {{'state_dict': ...}} of them as the released "
             "training script saves"
         )
@@ -94,7 +94,7 @@ def infer_config(state: Mapping[str, Tensor], heads: Heads, source: str) -> RunC
         source: where the state comes from; errors start with it.
 
     Raises:
-        ConversionError: it lacks the tensors that tell sizes, or sizes are impossible.
+        CheckpointError: it lacks the tensors that tell sizes, or sizes are impossible.
     """
     sizes = _Sizes(state, source)
     patches, c = sizes.shape("visual.conv1.weight"), sizes.shape("visual.conv1.weight")[0]
@@ -102,7 +102,7 @@ def infer_config(state: Mapping[str, Tensor], heads: Heads, source: str) -> RunC
     context = sizes.shape("text.positional_embedding")[0]
     grid = round((sizes.shape("visual.positional_embedding")[0] - 1) ** 0.5)
     if grid**2 + 1 != sizes.shape("visual.positional_embedding")[0]:
-        raise ConversionError(
+        raise CheckpointError(
             f"{source}: visual.positional_embedding has {sizes.shape('visual.positional_embedding')[0]} rows; expected "
             "one for the class token and a square number for the patches"
         )
@@ -142,7 +142,7 @@ class _Sizes:
 
     def shape(self, name: str) -> torch.Size:
         if name not in self.state:
-            raise ConversionError(
+            raise CheckpointError(
                 f"{self.source} has no {name}: it is no model of the released LCL code; an open_clip model is "
                 "imported as open_clip:MODEL/FILE"
             )
@@ -154,9 +154,9 @@ class _Sizes:
 
     def heads(self, given: int, width: int, part: str) -> int:
         if given and width % given:
-            raise ConversionError(f"{self.source}: --heads.{part} {given} does not divide the width {width}")
+            raise CheckpointError(f"{self.source}: --heads.{part} {given} does not divide the width {width}")
         if not given and width % _HEAD_WIDTH:
-            raise ConversionError(
+            raise CheckpointError(
                 f"{self.source}: the width {width} is no multiple of {_HEAD_WIDTH}, so the heads of the {part} are not "
                 f"one for every {_HEAD_WIDTH}; give their number: --heads.{part}"
             )
@@ -171,7 +171,7 @@ def read_official(path: str | Path, heads: Heads | None = None) -> ModelWeights:
         heads: attention heads; None = one for every 64 of the width.
 
     Raises:
-        ConversionError: the file cannot be read, is of another model, or lacks or adds a tensor.
+        CheckpointError: the file cannot be read, is of another model, or lacks or adds a tensor.
     """
     state = read_official_state(path)
     return official_weights(state, infer_config(state, heads or Heads(), str(path)), str(path))
@@ -181,8 +181,8 @@ def official_weights(state: Mapping[str, Tensor], config: RunConfig, source: str
     """Return a state dict under the released names as a model; errors start with ``source``."""
     try:
         return ModelWeights(config, from_official(state, config))
-    except ValueError as error:
-        raise ConversionError(f"{source}: {error}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
 
 
 def official_state(weights: ModelWeights) -> dict[str, Tensor]:
@@ -191,8 +191,8 @@ def official_state(weights: ModelWeights) -> dict[str, Tensor]:
     Tied embeddings become two matrices, and a bias of the context features that is zero is left out.
 
     Raises:
-        ConversionError: the released code computes another function, whatever its weights; every reason is named.
-        CheckpointError: the weights are not those of a whole model.
+        CheckpointError: the weights are not those of a whole model, or the released code computes another function,
+            whatever its weights; every reason is named.
     """
     weights.require(*PARTS)
     config, state = weights.config, dict(weights.state)
@@ -208,7 +208,7 @@ def official_state(weights: ModelWeights) -> dict[str, Tensor]:
         reasons[f"{section}.layernorm_epsilon = {epsilon}; it has {_LAYERNORM_EPSILON}"] = epsilon != _LAYERNORM_EPSILON
     if found := [reason for reason, holds in reasons.items() if holds]:
         listed = "\n  ".join(found)
-        raise ConversionError(
+        raise CheckpointError(
             f"the released code cannot run this model:\n  {listed}\n"
             "the recipe of the presets official_* can be converted to it; export the encoder alone for any other"
         )
@@ -222,16 +222,15 @@ def write_official(weights: ModelWeights, path: str | Path, precision: Precision
     """Write ``{"state_dict": ...}`` for the released code and open_clip; the file exists only when it is complete.
 
     Raises:
-        ConversionError: see ``official_state``; a value does not fit ``precision``; the file exists.
-        CheckpointError: the weights are not those of a whole model.
+        CheckpointError: see ``official_state``; a value does not fit ``precision``; the file exists.
     """
     path = Path(path)
     if path.exists():
-        raise ConversionError(f"{path} exists; weights are never written over others: name another file")
+        raise CheckpointError(f"{path} exists; weights are never written over others: name another file")
     # Cloned: parts of one storage would be saved with all of it.
     state = {name: tensor.to(_DTYPES[precision]).clone() for name, tensor in official_state(weights).items()}
     if overflown := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
-        raise ConversionError(f"{overflown[0]} has values that {precision} cannot hold; write it as fp32")
+        raise CheckpointError(f"{overflown[0]} has values that {precision} cannot hold; write it as fp32")
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".staging-{path.name}")
     torch.save({"state_dict": state}, staging)
