@@ -42,7 +42,7 @@ from lcl_megatron.parallel.shards import ShardError, ShardReader
 WEIGHTS_FILE = "model.safetensors"
 PROGRESS_FILE = "progress.json"
 _COMMON_FILE = "common.pt"
-_FUSED_NAMES = (("input_layernorm", "self_attention.linear_qkv"), ("pre_mlp_layernorm", "mlp.linear_fc1"))
+FUSED_NAMES = (("input_layernorm", "self_attention.linear_qkv"), ("pre_mlp_layernorm", "mlp.linear_fc1"))
 """LayerNorms that a checkpoint stores under the name of the linear layer that reads them."""
 
 
@@ -185,7 +185,7 @@ def _read_checkpoint(checkpoint: Path) -> ModelWeights:
 
 def _stored_name(name: str, stored: Mapping[str, Any]) -> str:
     """Return the name in a checkpoint under which a parameter has its most precise values."""
-    for own, fused in _FUSED_NAMES:
+    for own, fused in FUSED_NAMES:
         name = re.sub(rf"^(\w+\.layers\.\d+)\.{own}\.", rf"\1.{fused}.layer_norm_", name)
     precise = f"optimizer.state.param.{name}"
     if precise in stored and stored[name].properties.dtype != torch.float32:
