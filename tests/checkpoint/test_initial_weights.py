@@ -249,7 +249,7 @@ def test_step_from_an_imported_released_model_has_its_losses(name: str, tmp_path
         language=config.language.num_attention_heads,
     )
     options = ImportOptions(heads=heads)
-    assert import_weights(str(tmp_path / "released.safetensors"), tmp_path / "weights", options) == {}
+    import_weights(str(tmp_path / "released.safetensors"), tmp_path / "weights", options)
     assert read_weights(tmp_path / "weights").config.language.padded_vocab_size % 128 == 0
     groups = engines.start(config)
     try:

@@ -25,14 +25,15 @@ from lcl_megatron.checkpoint.convert.initial_clip import load_clip
 from lcl_megatron.checkpoint.convert.initial_open_clip import load_open_clip
 from lcl_megatron.checkpoint.convert.initial_timm import load_timm
 from lcl_megatron.checkpoint.convert.official_file import (
+    DTYPES,
     Heads,
+    Precision,
     infer_config,
     official_encoder,
     official_state,
     official_weights,
     read_official_state,
 )
-from lcl_megatron.checkpoint.convert.parity import feature_difference, largest_difference
 from lcl_megatron.checkpoint.convert.positions import for_image_size
 from lcl_megatron.checkpoint.convert.table import export_tensors, import_tensors
 from lcl_megatron.checkpoint.folders import CheckpointError
@@ -41,6 +42,8 @@ from lcl_megatron.config import RunConfig
 
 Part = Literal["vision", "pool", "language", "logit_scale"]
 """A part of the model."""
+FEATURE_TOLERANCE = 1e-5
+"""Largest difference of features in float32 that passes, as a share of the largest feature, or absolute below 1."""
 _LIBRARIES = {"clip": load_clip, "open_clip": load_open_clip, "timm": load_timm}
 _FILES = (".pt", ".pth", ".bin", ".safetensors")
 
@@ -60,6 +63,21 @@ class ImportOptions:
 
 
 @dataclass(frozen=True)
+class Check:
+    """How far converted weights are from what they should be."""
+
+    difference: float
+    """Largest absolute difference."""
+    limit: float = 0.0
+    """Largest difference that passes; 0 = the same values."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the difference is within the limit; NaN is not."""
+        return self.difference <= self.limit
+
+
+@dataclass(frozen=True)
 class Source:
     """Weights as read, and how to compare them with where they come from."""
 
@@ -74,17 +92,21 @@ class Source:
     back: Callable[[ModelWeights], Mapping[str, Tensor]] = lambda weights: {}
     """Converts ``weights`` back to the source's names."""
 
-    def differences(self) -> dict[str, float]:
-        """Return the largest absolute differences.
+    def checks(self) -> dict[str, Check]:
+        """Return how far the weights are from where they come from; empty if they are this model's own.
 
-        By library: of the features of its own code from ours, on the same images. ``round_trip``: of the source's
-        tensors from those converted to ours and back.
+        By library: its own code's features from ours, on the same images. ``round_trip``: the source's tensors from
+        those converted to ours and back.
         """
         if self.stock is None:
             return {}
+        # The only part that runs the model, and so needs megatron-core.
+        from lcl_megatron.checkpoint.convert.parity import compare_features
+
+        difference, largest = compare_features(self.stock(), self.weights)
         return {
-            self.library: feature_difference(self.stock(), self.weights),
-            "round_trip": largest_difference(self.back(self.weights), self.original),
+            self.library: Check(difference, FEATURE_TOLERANCE * max(1.0, largest)),
+            "round_trip": Check(largest_difference(self.back(self.weights), self.original)),
         }
 
 
@@ -104,7 +126,7 @@ def read_source(source: str, heads: Heads | None = None) -> Source:
         return encoder_source(_LIBRARIES[library](name), source)
     path = Path(source)
     if path.suffix in _FILES and path.is_file():
-        return _official_source(path, heads or Heads())
+        return official_source(path, heads or Heads())
     if not path.is_dir():
         raise CheckpointError(
             f"{source}: there is no such file or folder, and it does not begin with clip:, open_clip: or timm:"
@@ -134,7 +156,8 @@ def encoder_source(stock: StockEncoder, source: str) -> Source:
     )
 
 
-def _official_source(path: Path, heads: Heads) -> Source:
+def official_source(path: str | Path, heads: Heads) -> Source:
+    """Return a released file as a whole model; see ``official_file.read_official``."""
     state = read_official_state(path)
     config = infer_config(state, heads, str(path))
     return Source(
@@ -146,7 +169,9 @@ def _official_source(path: Path, heads: Heads) -> Source:
     )
 
 
-def import_weights(source: str, output: str | Path, options: ImportOptions, verify: bool = False) -> dict[str, float]:
+def import_weights(
+    source: str, output: str | Path, options: ImportOptions, verify: bool = False
+) -> tuple[ModelWeights, dict[str, Check]]:
     """Write a source as a weights folder.
 
     Args:
@@ -156,21 +181,51 @@ def import_weights(source: str, output: str | Path, options: ImportOptions, veri
         verify: compare with the source, before anything is changed, and with what was written.
 
     Returns:
-        Largest absolute differences by what was compared (see ``Source.differences``), and ``written``: of the files
-        from the weights; empty without ``verify``.
+        The weights as written, and by name what was compared (see ``Source.checks``; ``written``: the files with the
+        weights); nothing was compared without ``verify``.
 
     Raises:
         CheckpointError, LibraryError: see ``read_source``; or ``output`` exists.
     """
     read = read_source(source, options.heads)
-    differences = read.differences() if verify else {}
+    checks = read.checks() if verify else {}
     weights = only_parts(read.weights, options.parts) if options.parts else read.weights
     if options.image_size:
         weights = for_image_size(weights, options.image_size)
     write_weights(weights, output)
     if verify:
-        differences["written"] = largest_difference(read_weights(output).state, weights.state)
-    return differences
+        checks["written"] = Check(largest_difference(read_weights(output).state, weights.state))
+    return weights, checks
+
+
+def check_released_file(path: str | Path, weights: ModelWeights, precision: Precision) -> dict[str, Check]:
+    """Compare a file that ``write_official`` wrote with the weights, and open_clip's features of it with ours.
+
+    Args:
+        path: the file.
+        weights: what it was made of.
+        precision: number format in the file.
+
+    Raises:
+        CheckpointError: the file does not read back.
+        LibraryError: open_clip is not installed.
+    """
+    config = weights.config
+    heads = Heads(
+        vision=config.vision.num_attention_heads,
+        pool=config.pool.num_attention_heads,
+        language=config.language.num_attention_heads,
+    )
+    written = official_source(path, heads)
+    expected = {name: tensor.to(DTYPES[precision]) for name, tensor in official_state(weights).items()}
+    return {**written.checks(), "written": Check(largest_difference(written.original, expected))}
+
+
+def largest_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """Return the largest absolute difference between tensors of the same names; infinity if names or shapes differ."""
+    if found.keys() != expected.keys() or any(found[name].shape != expected[name].shape for name in found):
+        return float("inf")
+    return max(float((found[name].float() - expected[name].float()).abs().max()) for name in found)
 
 
 def only_parts(weights: ModelWeights, parts: Sequence[str]) -> ModelWeights:

@@ -34,7 +34,8 @@ from lcl_megatron.config.toml import from_toml
 
 Precision = Literal["fp32", "fp16", "bf16"]
 """Number formats of a released file."""
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""What they are called by torch."""
 _WRAPPERS = ("module.", "_orig_mod.")
 """What DistributedDataParallel and torch.compile put before every name."""
 _HEAD_WIDTH = 64
@@ -157,8 +158,8 @@ class _Sizes:
             raise CheckpointError(f"{self.source}: --heads.{part} {given} does not divide the width {width}")
         if not given and width % _HEAD_WIDTH:
             raise CheckpointError(
-                f"{self.source}: the width {width} is no multiple of {_HEAD_WIDTH}, so the heads of the {part} are not "
-                f"one for every {_HEAD_WIDTH}; give their number: --heads.{part}"
+                f"{self.source}: the width {width} is no multiple of {_HEAD_WIDTH}, so it is not one head for "
+                f"every {_HEAD_WIDTH}; give their number: --heads.{part}"
             )
         return given or width // _HEAD_WIDTH
 
@@ -228,7 +229,7 @@ def write_official(weights: ModelWeights, path: str | Path, precision: Precision
     if path.exists():
         raise CheckpointError(f"{path} exists; weights are never written over others: name another file")
     # Cloned: parts of one storage would be saved with all of it.
-    state = {name: tensor.to(_DTYPES[precision]).clone() for name, tensor in official_state(weights).items()}
+    state = {name: tensor.to(DTYPES[precision]).clone() for name, tensor in official_state(weights).items()}
     if overflown := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
         raise CheckpointError(f"{overflown[0]} has values that {precision} cannot hold; write it as fp32")
     path.parent.mkdir(parents=True, exist_ok=True)
