@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -56,9 +55,7 @@ def load_initial_weights(folder: str | Path, engine: Engine, tokenizer: bytes) -
             "preprocess the corpus with its tokenizer.model, or leave the language model out: "
             "tools/convert_checkpoint.py import --parts vision pool"
         )
-    for sharded in nested_values(model_state(engine)):
-        if isinstance(sharded, ShardedTensor) and _parameter_name(sharded.key).split(".")[0] in weights.parts:
-            _fill(sharded, _whole(weights, _parameter_name(sharded.key), engine.config))
+    _fill(engine, weights)
     if engine.groups.rank == 0:
         _report(weights, folder)
 
@@ -73,8 +70,8 @@ def check_fit(weights: ModelWeights, config: RunConfig, source: str) -> None:
         listed = "\n  ".join(differences)
         raise CheckpointError(
             f"--init-weights {source}: {', '.join(weights.parts)} there are of another architecture than this run's:\n"
-            f"  {listed}\nset these fields as in {source}/run.toml, or give the file with --config; an encoder for "
-            "another image size is made by tools/convert_checkpoint.py import --image-size"
+            f"  {listed}\nset these fields as its run.toml has them (--config FILE); an encoder for another image size "
+            "is made by tools/convert_checkpoint.py import --image-size"
         )
 
 
@@ -83,6 +80,18 @@ def _matters(field: str, parts: tuple[str, ...]) -> bool:
     if field == _PADDING:
         return False
     return field.split(".")[0] in parts or ("pool" in parts and field in _POOL_READS)
+
+
+def _fill(engine: Engine, weights: ModelWeights) -> None:
+    """Copy this rank's slices of whole tensors into its parameters."""
+    parts = weights.parts
+    for sharded in nested_values(model_state(engine)):
+        if not isinstance(sharded, ShardedTensor):
+            continue
+        name = _parameter_name(sharded.key)
+        if name.split(".")[0] in parts:
+            with torch.no_grad():
+                sharded.data.copy_(_whole(weights, name, engine.config)[sharded.global_slice()])
 
 
 def _parameter_name(key: str) -> str:
@@ -99,17 +108,6 @@ def _whole(weights: ModelWeights, name: str, config: RunConfig) -> Tensor:
         ids, rows = config.language.vocab_size, config.language.padded_vocab_size
         tensor = F.pad(tensor[:ids], (0, 0, 0, rows - ids))
     return tensor
-
-
-def _fill(sharded: ShardedTensor, whole: Tensor) -> None:
-    """Copy this rank's slice of a whole tensor into its parameter."""
-    if sharded.global_shape != tuple(whole.shape):
-        raise CheckpointError(
-            f"{sharded.key} has shape {tuple(whole.shape)} in the weights; this model's has {sharded.global_shape}"
-        )
-    parameter: Any = sharded.data
-    with torch.no_grad():
-        parameter.copy_(whole[sharded.global_slice()])
 
 
 def _report(weights: ModelWeights, folder: str | Path) -> None:

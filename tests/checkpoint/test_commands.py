@@ -5,6 +5,8 @@ read by their library; the weights that went in.
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,36 @@ def test_parts_of_our_own_weights_and_nothing_to_compare_without_verify(tmp_path
     with pytest.raises(CheckpointError, match="the weights hold pool only, and not vision"):
         import_source(str(tmp_path / "pool"), tmp_path / "more", ImportOptions(parts=("vision",)))
     assert not (tmp_path / "more").exists()
+
+
+def test_import_needs_megatron_core_only_to_verify(tmp_path: Path) -> None:
+    write_weights(random_weights(tiny_config({}, OFFICIAL)), tmp_path / "ours")
+    code = f"""
+import sys
+sys.modules["megatron"] = None
+from pathlib import Path
+from lcl_megatron.checkpoint.commands import import_source, official
+from lcl_megatron.checkpoint.convert.importing import ImportOptions
+from lcl_megatron.checkpoint.convert.official_file import Heads
+from lcl_megatron.checkpoint.stock_libraries import LibraryError
+folder, options = Path({str(tmp_path)!r}), ImportOptions(heads=Heads(vision=2, pool=4, language=2))
+official(folder / "ours", folder / "released.pt")
+import_source(str(folder / "released.pt"), folder / "out", options)
+for run in (
+    lambda: import_source(str(folder / "released.pt"), folder / "verified", options, verify=True),
+    lambda: official(folder / "ours", folder / "verified.pt", verify=True),
+):
+    try:
+        run()
+    except LibraryError as error:
+        print(error)
+"""
+    stock_models.library("open_clip")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=True)
+    message = "--verify compares with the model's own outputs and needs megatron.core; install megatron-core, or leave"
+    assert result.stdout.count(message) == 2
+    assert read_weights(tmp_path / "out").parts == ("vision", "pool", "language", "logit_scale")
+    assert not (tmp_path / "verified").exists()
 
 
 def test_tool_has_the_flags_and_says_what_is_wrong(

@@ -196,7 +196,7 @@ def test_weights_of_another_architecture_are_refused_with_every_difference() -> 
         "  vision.activation: 'gelu' in the checkpoint, 'quick_gelu' in this run\n",
         "  language.hidden_size: 24 in the checkpoint, 48 in this run\n",
         "  language.vocab_size: 60 in the checkpoint, 61 in this run\n",
-        "set these fields as in W/run.toml, or give the file with --config",
+        "set these fields as its run.toml has them (--config FILE); an encoder for another image size is made by",
     ):
         assert line in message
     assert "make_vocab_size_divisible_by" not in message

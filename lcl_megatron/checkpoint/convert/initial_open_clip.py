@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,7 +37,10 @@ def load_open_clip(name: str) -> StockEncoder:
     source = f"open_clip:{name}"
     model_name, pretrained = (name, "") if name.startswith(_SCHEMES) else name.partition("/")[::2]
     try:
-        model = open_clip.create_model(model_name, pretrained or None, require_pretrained=True)
+        with warnings.catch_warnings():
+            # Weights that were trained with another activation than the model runs them with.
+            warnings.filterwarnings("error", "QuickGELU mismatch")
+            model = open_clip.create_model(model_name, pretrained or None, require_pretrained=True)
     # What hub, file or name may be wrong raises nearly anything.
     except Exception as error:
         raise CheckpointError(

@@ -87,6 +87,13 @@ def timm_encoder(module: Any, source: str) -> StockEncoder:
         activation=activation_name(block.mlp.act),
     )
 
+    notes = (getattr(module, "pretrained_cfg", None) or {}).get("notes") or ()
+    if vision.activation == "gelu" and any("QuickGELU" in note for note in notes):
+        raise CheckpointError(
+            f"{source}: its weights were trained with QuickGELU, and this model of timm runs them with GELU, which "
+            "changes every feature; take its quickgelu variant (vit_*_clip_quickgelu_*)"
+        )
+
     def features(images: Tensor) -> Tensor:
         tokens: Tensor = module.forward_features(images)
         return tokens[:, int(class_token) :]

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lcl_megatron.checkpoint.convert.encoder import layernorm_epsilon
 from lcl_megatron.checkpoint.convert.importing import Check, encoder_source, read_source
 from lcl_megatron.checkpoint.convert.initial_timm import timm_encoder
 from lcl_megatron.checkpoint.convert.parity import tower_features
@@ -208,9 +209,32 @@ def test_timm_models_of_another_kind_are_refused(tmp_path: Path) -> None:
     assert "timm:local-dir:FOLDER" in _refusal(f"timm:local-dir:{tmp_path / 'absent'}")
 
 
+def test_weights_that_a_library_runs_with_another_activation_than_their_own_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenAI's weights in the models of the common names, a trap of both libraries."""
+    timm, open_clip = (stock_models.library(name) for name in ("timm", "open_clip"))
+    sizes = stock_models.timm_arguments()
+    with pytest.raises(CheckpointError, match=r"timm:x: its weights were trained with QuickGELU, and this model of ti"):
+        timm_encoder(timm.create_model("vit_base_patch16_clip_224.openai", **sizes), "timm:x")
+    timm_encoder(timm.create_model("vit_base_patch16_clip_quickgelu_224.openai", **sizes), "timm:x")
+    (tmp_path / "weights.pt").touch()
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: str(tmp_path / "weights.pt"))
+    assert "cannot be loaded: QuickGELU mismatch" in _refusal("open_clip:ViT-B-32/openai")
+
+
+def test_layernorms_of_different_epsilon_are_refused() -> None:
+    tower = torch.nn.Sequential(torch.nn.LayerNorm(2, eps=1e-5), torch.nn.LayerNorm(2, eps=1e-6))
+    with pytest.raises(CheckpointError, match=r"LayerNorms have the epsilons \[1e-06, 1e-05\]; ours has one for all"):
+        layernorm_epsilon(tower)
+    with pytest.raises(CheckpointError, match="have the epsilons none"):
+        layernorm_epsilon(torch.nn.Linear(2, 2))
+
+
 @pytest.mark.parametrize(
     ("vision", "reason"),
     [
+        ({"layers": [1, 1, 1, 1], "head_width": 8}, "has a ModifiedResNet; only open_clip's VisionTransformer has our"),
         ({"no_ln_pre": True}, "no LayerNorm before the first layer (ln_pre)"),
         ({"attentional_pool": True, "attn_pooler_heads": 4}, "an attention pool before its last LayerNorm (attn_pool)"),
         ({"qk_norm": True, "block_type": "custom"}, "layers of type CustomResidualAttentionBlock"),
