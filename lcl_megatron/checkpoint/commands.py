@@ -33,8 +33,8 @@ class Outcome(NamedTuple):
 
 
 def export(
-    checkpoint: Annotated[Path, tyro.conf.Positional],
-    output: Annotated[Path, tyro.conf.Positional],
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")],
+    output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")],
     whole_model: bool = False,
     verify: bool = False,
     metrics: tuple[Path, ...] = (),

@@ -103,7 +103,7 @@ class ExportReport:
             for name in target.loaders
         }
         trips = [folder.round_trip for folder in self.folders.values() if folder.round_trip is not None]
-        return figures | {"round_trip": max(trips)}
+        return figures | {"round_trip": max(trips, default=None)}
 
     @property
     def failures(self) -> list[str]:
@@ -140,18 +140,30 @@ def export_weights(
     staging = output.with_name(f".staging-{output.name}")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
+    try:
+        report = _write_all(source, staging, checkpoint, include_whole_model, tuple(metrics))
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    commit_folder(staging, output)
+    return report
+
+
+def _write_all(
+    source: Source, folder: Path, checkpoint: str, include_whole_model: bool, metrics: tuple[Path, ...]
+) -> ExportReport:
+    weights = source.weights
     wanted = [target for target in targets() if include_whole_model or target.name != "whole_model"]
     report = ExportReport(
         source=_describe_source(weights, checkpoint),
         versions=_versions(),
-        folders={target.name: _write_target(target, source, staging) for target in wanted},
+        folders={target.name: _write_target(target, source, folder) for target in wanted},
     )
     heads = {name: weights.state[name].contiguous() for name in whole_model.head_names(weights.config)}
-    save_file(heads, staging / HEADS_FILE, metadata={"format": "pt"})
-    card = Card(weights, {name: folder.skipped for name, folder in report.folders.items()}, tuple(metrics))
-    (staging / "README.md").write_text(card_text(card), encoding="utf-8")
-    write_report(report, staging)
-    commit_folder(staging, output)
+    save_file(heads, folder / HEADS_FILE, metadata={"format": "pt"})
+    card = Card(weights, {name: part.skipped for name, part in report.folders.items()}, metrics)
+    (folder / "README.md").write_text(card_text(card), encoding="utf-8")
+    write_report(report, folder)
     return report
 
 

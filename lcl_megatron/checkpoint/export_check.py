@@ -78,38 +78,50 @@ class Reference:
     """(2, 3, size, size) float32, as if normalised."""
     text: Tensor
     """(1, S) int64 random ids."""
+    device: torch.device
+    """Where the model is; everything that is given or returned is on the CPU."""
 
     def image_tokens(self) -> Tensor:
         """Return (N, tokens, C): all normalised tokens of the tower, the class token first."""
-        vision, images = present(self.model.vision), self.images
-        keys = torch.zeros(len(images), dtype=torch.int64)
+        vision, images = present(self.model.vision), self.images.to(self.device)
+        keys = torch.zeros(len(images), dtype=torch.int64, device=self.device)
         tokens_T1C = vision.encode(vision.embed(images), keys, None)
         tokens_NPC = tokens_T1C[: len(images) * vision.vision.num_tokens, 0].unflatten(0, (len(images), -1))
-        return present(vision.final_layernorm)(tokens_NPC)
+        return present(vision.final_layernorm)(tokens_NPC).cpu()
 
     def text_logits(self) -> Tensor:
         """Return (1, S, V) logits of the text."""
         language = present(self.model.language)
         config = self.model.run_config
-        batch = document_batch(self.text, torch.zeros(0, dtype=torch.int64), self.images[:0])
-        latents = torch.zeros(0, config.vision.num_patches, config.language.hidden_size)
+        batch = document_batch(self.text, torch.zeros(0, dtype=torch.int64), self.images[:0]).to(self.device)
+        latents = torch.zeros(0, config.vision.num_patches, config.language.hidden_size, device=self.device)
         hidden_TH = language.decode(language.embed(batch, latents), batch)[:, 0]
         heads = present(language.heads)
         logits_TV = heads.logits(heads.normalized(hidden_TH), language.vocabulary_matrix())
-        return logits_TV[None, :, : config.language.vocab_size]
+        return logits_TV[None, :, : config.language.vocab_size].cpu()
+
+    def logits(self, batch: PackedBatch) -> Tensor:
+        """Return (S, V) logits of a document with images."""
+        return self.model.target_logits(batch.to(self.device))[:, : self.model.run_config.language.vocab_size].cpu()
+
+    def features(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return pooled latents (N, D), context features (N, D) and ``logit_scale`` () of a document with images."""
+        output = self.model(batch.to(self.device))
+        return output.pooled_ND.cpu(), output.context_ND.cpu(), output.logit_scale.cpu()
 
     def interleaved(self, special: SpecialTokens) -> PackedBatch:
-        """Return a document ``<s> text <BoI> image <EoI> text ...`` with as many of the images as have positions."""
+        """Return a document ``<s> text <BoI> image <EoI> text ...`` with one or two images, as many as find room."""
         config = self.model.run_config
-        stretch = min(_TEXT_TOKENS, self.text.shape[1])
-        one_image = config.vision.num_patches + 2 + stretch
-        num_images = min(_NUM_IMAGES, (config.language.max_position_embeddings - 1 - stretch) // one_image)
+        image, positions = config.vision.num_patches + 2, config.language.max_position_embeddings
+        stretch = min(_TEXT_TOKENS, (positions - 1 - image) // 2)
+        num_images = min(_NUM_IMAGES, (positions - 1 - stretch) // (image + stretch))
+        text = self.text[0].tolist()
         ids, slots = [special.bos], []
         for index in range(num_images):
-            ids += [*self.text[0, index : index + stretch].tolist(), special.boi]
+            ids += [*text[index : index + stretch], special.boi]
             slots.append(len(ids))
             ids += [special.image] * config.vision.num_patches + [special.eoi]
-        ids += self.text[0, -stretch:].tolist()
+        ids += text[num_images : num_images + stretch]
         return document_batch(torch.tensor([ids]), torch.tensor(slots, dtype=torch.int64), self.images[:num_images])
 
 
@@ -129,7 +141,7 @@ def reference(source: Source) -> Iterator[Reference]:
     try:
         model = LCLModel(config, Runtime(collection=groups.collection))
         model.load_state_dict({name: tensor.float() for name, tensor in source.weights.state.items()}, strict=True)
-        yield Reference(model.eval(), source.special, images, text)
+        yield Reference(model.to(groups.device).eval(), source.special, images, text, groups.device)
     finally:
         groups.destroy()
 
@@ -199,14 +211,13 @@ def _check_whole_model(model: Reference, folder: Path) -> dict[str, Measurement]
     whole, info = module.LCLForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
     whole.eval()
     batch = model.interleaved(present(model.special))
-    output = model.model(batch)
+    pooled, context, logit_scale = model.features(batch)
     first = int(batch.context_slots[0])
-    vocab = model.model.run_config.language.vocab_size
     pairs = [
-        (whole(batch.tokens, batch.images).logits[0], model.model.target_logits(batch)[:, :vocab]),
-        (whole.encode_image(batch.images, normalize=False), output.pooled_ND),
-        (whole.encode_text(batch.tokens[:, : first + 1], normalize=False), output.context_ND[:1]),
-        (whole.logit_scale, output.logit_scale[None]),
+        (whole(batch.tokens, batch.images).logits[0], model.logits(batch)),
+        (whole.encode_image(batch.images, normalize=False), pooled),
+        (whole.encode_text(batch.tokens[:, : first + 1], normalize=False), context[:1]),
+        (whole.logit_scale, logit_scale[None]),
     ]
     return {"whole_model": _measurement(whole, pairs, _keys(info))}
 

@@ -21,21 +21,29 @@ _MOST_FIGURES = 60
 
 _LOADING = {
     "vision": """
-timm, for transfer (`drop_path_rate`, `img_size`, `features_only`, `global_pool="map"` work as for any timm model):
+timm; `drop_path_rate`, `img_size`, `features_only`, `global_pool="map"` work as for any of its models:
 
 ```python
 import timm
+import torch
+from PIL import Image
+
+image = Image.open("cat.jpg").convert("RGB")
 encoder = timm.create_model("local-dir:EXPORT", pretrained=True, num_classes=0).eval()
-tokens = encoder.forward_features(pixels)     # class token first, if there is one; then patches; normalised
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(encoder), is_training=False)
+with torch.no_grad():
+    tokens = encoder.forward_features(transform(image)[None])  # class token, if there is one, then patches; normalised
 ```
 
 transformers:
 
 ```python
 from transformers import AutoImageProcessor, AutoModel
+
 encoder = AutoModel.from_pretrained("EXPORT").eval()
 pixels = AutoImageProcessor.from_pretrained("EXPORT")(image, return_tensors="pt")["pixel_values"]
-tokens = encoder(pixel_values=pixels).last_hidden_state
+with torch.no_grad():
+    tokens = encoder(pixel_values=pixels).last_hidden_state
 ```
 """,
     "clip_vision": """
@@ -43,8 +51,10 @@ CLIPVisionModel, as LLaVA reads it (without timm); its `last_hidden_state` is be
 
 ```python
 from transformers import CLIPVisionModel
+
 tower = CLIPVisionModel.from_pretrained("EXPORT/clip_vision").eval()
-patches = tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+with torch.no_grad():
+    patches = tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
 ```
 """,
     "language_model": """
@@ -52,17 +62,19 @@ The language model:
 
 ```python
 from transformers import AutoTokenizer, OPTForCausalLM
+
 tokenizer = AutoTokenizer.from_pretrained("EXPORT/language_model")
 model = OPTForCausalLM.from_pretrained("EXPORT/language_model").eval()
 print(tokenizer.batch_decode(model.generate(**tokenizer("A photo of", return_tensors="pt"), max_new_tokens=20)))
 ```
 """,
     "whole_model": """
-The whole model; without lcl_megatron, leave its import out and pass `trust_remote_code=True`:
+The whole model; where lcl_megatron is not installed, pass `trust_remote_code=True` in place of its import:
 
 ```python
 import lcl_megatron.hf
 from transformers import AutoModelForCausalLM, AutoProcessor
+
 model = AutoModelForCausalLM.from_pretrained("EXPORT/lcl").eval()
 processor = AutoProcessor.from_pretrained("EXPORT/lcl")
 inputs = processor(images=[image], text="<BoI><image><EoI>", return_tensors="pt")
@@ -206,9 +218,18 @@ def _data(weights: ModelWeights) -> Iterator[tuple[str, Any]]:
     if data.mixture_weights:
         yield f"shares, by {data.mixture_by}", " : ".join(f"{weight:g}" for weight in data.mixture_weights)
     yield "view", ", ".join(data.view)
-    for name in ("layout", "seq_length", "max_images_per_document", "min_similarity", "context_rule"):
+    for name in (
+        "layout",
+        "seq_length",
+        "max_images_per_document",
+        "too_many_images",
+        "min_similarity",
+        "context_rule",
+    ):
         yield f"`data.{name}`", getattr(data, name)
     for name, value in (progress.data if progress else {}).items():
+        if name.startswith(("data.", "training.")):
+            continue
         # What is long is a fingerprint.
         yield name, value if len(value) <= 60 else f"{value[:57]}..."
 

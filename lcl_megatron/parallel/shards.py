@@ -114,9 +114,11 @@ class ShardReader(FileSystemReader):
                 # That there are no ranks is the intent.
                 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
                 load(state, storage_reader=self, no_dist=True)
+        # torch's reader raises nearly anything for a damaged file, and wraps it together with its traceback.
         except (Exception, CheckpointException) as error:
-            # torch's reader raises nearly anything for a damaged file.
+            failures = error.failures if isinstance(error, CheckpointException) else {}
+            cause = next((cause for cause, _ in failures.values()), error)
             raise ShardError(
-                f"cannot read the tensors of {self.folder}, a file is absent or damaged: {error}"
+                f"cannot read the tensors of {self.folder}, a file is absent or damaged: {type(cause).__name__} {cause}"
             ) from error
         return state

@@ -11,7 +11,7 @@ from lcl_megatron.checkpoint.parameters import parameter_shapes
 from lcl_megatron.checkpoint.weights import ModelWeights
 from lcl_megatron.config import LanguageConfig, PoolConfig, RunConfig, VisionConfig
 
-PROGRESS = Progress(step=7, consumed_rows=56, consumed_images=91, data={"corpus 0": "abc"})
+PROGRESS = Progress(step=7, consumed_rows=56, consumed_images=91, data={"corpus 0": "abc", "data.layout": "packed"})
 
 
 def tiny_config(vision: dict[str, Any] | None = None, language: dict[str, Any] | None = None) -> RunConfig:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lcl_megatron.checkpoint.convert import clip_vision, opt, timm_vit, whole_model
 from lcl_megatron.checkpoint.convert.tokenizer_json import tokenizer_files
+from lcl_megatron.checkpoint.folders import CheckpointError
 from lcl_megatron.checkpoint.weights import ModelWeights
 from lcl_megatron.config import RunConfig
 from lcl_megatron.data.tokenizer import SpecialTokens, Tokenizer
@@ -33,8 +34,20 @@ class Source:
 
     @cached_property
     def special(self) -> SpecialTokens | None:
-        """Ids of the special tokens; None = there is no tokenizer."""
-        return Tokenizer(self.weights.tokenizer).special_tokens if self.weights.tokenizer is not None else None
+        """Ids of the special tokens; None = there is no tokenizer.
+
+        Raises:
+            CheckpointError: the tokenizer has ids that the model has no row for.
+        """
+        if self.weights.tokenizer is None:
+            return None
+        tokenizer, rows = Tokenizer(self.weights.tokenizer), self.config.language.vocab_size
+        if tokenizer.vocab_size > rows:
+            raise CheckpointError(
+                f"the tokenizer has {tokenizer.vocab_size} token ids, the model {rows}; they are not of one run: "
+                "put the run's tokenizer.model beside the weights"
+            )
+        return tokenizer.special_tokens
 
 
 @dataclass(frozen=True)
@@ -104,6 +117,15 @@ def _tokenizer_files(source: Source, specials_in_text: bool) -> dict[str, str]:
     return tokenizer_files(source.weights.tokenizer, source.config.language.max_position_embeddings, specials_in_text)
 
 
+def _tokenizer_refusal(source: Source) -> str | None:
+    """Return why transformers has no tokenizer that gives the ids of the run's, or None if it has one."""
+    try:
+        _tokenizer_files(source, specials_in_text=False)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
 _VISION = Target(
     name="vision",
     folder=".",
@@ -128,7 +150,7 @@ _LANGUAGE_MODEL = Target(
     name="language_model",
     folder="language_model",
     loaders={"language_model": "transformers.OPTForCausalLM"},
-    refusal=lambda source: opt.refusal(source.config),
+    refusal=lambda source: opt.refusal(source.config) or _tokenizer_refusal(source),
     tensors=opt.to_opt,
     restore=opt.from_opt,
     files=_language_files,
@@ -138,7 +160,7 @@ _WHOLE_MODEL = Target(
     name="whole_model",
     folder="lcl",
     loaders={"whole_model": "LCLForConditionalGeneration of the folder's modeling_lcl.py"},
-    refusal=lambda source: whole_model.refusal(source.config, source.special),
+    refusal=lambda source: whole_model.refusal(source.config, source.special) or _tokenizer_refusal(source),
     tensors=whole_model.to_whole_model,
     restore=whole_model.from_whole_model,
     files=_whole_model_files,

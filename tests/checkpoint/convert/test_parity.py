@@ -5,7 +5,6 @@ No parameter is 0 or 1, so that a wrong map shows; that it does is tested too.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,8 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lcl_megatron.checkpoint.convert.targets import Source
+from lcl_megatron.checkpoint.convert.timm_vit import architecture_of, to_timm
 from lcl_megatron.checkpoint.export import ExportReport, Measurement, export_weights
 from lcl_megatron.checkpoint.export_check import measure, reference
+from lcl_megatron.checkpoint.parameters import parameter_shapes
 from lcl_megatron.checkpoint.stock_libraries import stock_library
 from lcl_megatron.data.tokenizer import Tokenizer
 from tests.checkpoint.random_weights import random_weights, tiny_config
@@ -73,14 +74,16 @@ def test_every_folder_computes_what_the_model_computes(
         assert not (tmp_path / "export" / "clip_vision").exists()
 
 
-def test_outputs_of_the_other_library_are_not_computed_from_ours(exported: tuple[Any, ExportReport, Path]) -> None:
-    """They agree to rounding and not to the bit: other kernels, other order of sums."""
+def test_figures_name_the_classes_that_were_built(exported: tuple[Any, ExportReport, Path]) -> None:
     weights, report, folder = exported
     measurements = measure(report, weights, folder)
-    assert all(one.max_abs_difference > 0 for one in measurements.values())
-    assert measurements["timm"].loaded_as == "timm.models.vision_transformer.VisionTransformer"
-    assert measurements["clip_vision"].loaded_as == "transformers.models.clip.modeling_clip.CLIPVisionModel"
-    assert measurements["language_model"].loaded_as == "transformers.models.opt.modeling_opt.OPTForCausalLM"
+    assert {name: one.loaded_as for name, one in measurements.items()} == {
+        "timm": "timm.models.vision_transformer.VisionTransformer",
+        "auto_model": "transformers.models.timm_wrapper.modeling_timm_wrapper.TimmWrapperModel",
+        "clip_vision": "transformers.models.clip.modeling_clip.CLIPVisionModel",
+        "language_model": "transformers.models.opt.modeling_opt.OPTForCausalLM",
+        "whole_model": "exported_modeling_lcl.LCLForConditionalGeneration",
+    }
 
 
 def _swap(first: str, second: str) -> Any:
@@ -151,9 +154,9 @@ def test_llava_reads_the_layer_before_the_last(exported: tuple[Any, ExportReport
     tower = transformers.CLIPVisionModel.from_pretrained(folder / "clip_vision").eval()
     with torch.no_grad(), reference(Source(weights)) as model:
         vision: Any = model.model.vision
-        keys = torch.zeros(len(model.images), dtype=torch.int64)
         vision.layers._modules.pop("1")
-        expected = vision.encode(vision.embed(model.images), keys, None)[:, 0].unflatten(0, (len(model.images), -1))
+        vision.final_layernorm = torch.nn.Identity()
+        expected = model.image_tokens()
         found = tower(model.images, output_hidden_states=True).hidden_states[-2]
     assert (found - expected).abs().max() < 1e-5
 
@@ -177,23 +180,50 @@ def test_timm_builds_the_usual_variants(exported: tuple[Any, ExportReport, Path]
     assert [tuple(feature.shape) for feature in maps] == [(2, 16, 2, 2)] * 2
 
 
-def test_known_sizes_name_their_timm_architecture(transformers: ModuleType) -> None:
-    """timm's own architecture of that name has the same parameters, with no size overridden."""
-    from lcl_megatron.checkpoint.convert.timm_vit import architecture_of, to_timm
-    from lcl_megatron.checkpoint.parameters import parameter_shapes
-    from lcl_megatron.config import RunConfig
-    from lcl_megatron.config.sources import load_run_config
+SIZES = [
+    ("vit_medium_patch16_clip_224", (16, 224, 512, 12, 8, 2048)),
+    ("vit_base_patch32_clip_224", (32, 224, 768, 12, 12, 3072)),
+    ("vit_base_patch16_clip_224", (16, 224, 768, 12, 12, 3072)),
+    ("vit_base_patch16_clip_384", (16, 384, 768, 12, 12, 3072)),
+    ("vit_large_patch14_clip_224", (14, 224, 1024, 24, 16, 4096)),
+    ("vit_large_patch14_clip_336", (14, 336, 1024, 24, 16, 4096)),
+    ("vit_huge_patch14_clip_224", (14, 224, 1280, 32, 16, 5120)),
+    ("vit_huge_patch14_clip_336", (14, 336, 1280, 32, 16, 5120)),
+]
 
+
+@pytest.mark.parametrize(("name", "size"), SIZES, ids=[name for name, _ in SIZES])
+def test_known_sizes_name_their_timm_architecture(name: str, size: tuple[int, ...], transformers: ModuleType) -> None:
+    """timm's own architecture of that name has the same parameters, heads and epsilon, with no size overridden."""
+    patch, image, width, layers, heads, mlp = size
+    vision = {"num_layers": layers, "hidden_size": width, "ffn_hidden_size": mlp, "num_attention_heads": heads}
+    config = tiny_config({"patch_size": patch, "image_size": image, **vision})
+    found, arguments = architecture_of(config.vision)
+    assert found == name
+    assert arguments.keys() == {"class_token", "global_pool", "fc_norm", "init_values"}
     timm = stock_library("timm")
-    config: RunConfig = load_run_config(["--preset", "vit_b16_opt125m", "--language.vocab-size", "128"])
-    name, arguments = architecture_of(config.vision)
-    assert name == "vit_base_patch16_clip_224"
-    assert not arguments.keys() & {"embed_dim", "depth", "num_heads", "img_size", "patch_size", "mlp_ratio"}
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=0, **arguments)
-        state = {key: torch.empty(shape) for key, shape in parameter_shapes(config).items()}
-        exported = to_timm(state, config)
+        exported = to_timm({key: torch.empty(shape) for key, shape in parameter_shapes(config).items()}, config)
     assert {key: value.shape for key, value in exported.items()} == {
         key: value.shape for key, value in model.state_dict().items()
     }
-    assert json.dumps(arguments)
+    assert model.blocks[0].attn.num_heads == heads
+    assert model.norm.eps == model.norm_pre.eps == model.blocks[0].norm1.eps == 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("positions", "images", "length"), [(64, 2, 49), (24, 1, 23), (7, 1, 7), (8, 1, 7), (9, 1, 9)])
+def test_documents_of_the_check_fit_the_positions(
+    positions: int, images: int, length: int, tokenizer: Tokenizer
+) -> None:
+    """4 latents per image; the smallest row is <s> <BoI> image <EoI>."""
+    config = tiny_config(language={"max_position_embeddings": positions, "vocab_size": tokenizer.vocab_size})
+    with reference(Source(random_weights(config, tokenizer=tokenizer.model))) as model:
+        special = tokenizer.special_tokens
+        batch = model.interleaved(special)
+        assert batch.num_images == images
+        assert batch.tokens.shape == (1, length)
+        assert batch.tokens[0, batch.context_slots].tolist() == [special.boi] * images
+        assert int((batch.tokens == special.image).sum()) == 4 * images
+        assert torch.isfinite(model.logits(batch)).all()
