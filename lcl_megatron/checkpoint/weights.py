@@ -65,6 +65,8 @@ class ModelWeights:
     """How far the run had come; None = not from a run of this package."""
 
     def __post_init__(self) -> None:
+        if not self.state:
+            raise CheckpointError("there are no weights at all; expected parameters of " + ", ".join(PARTS))
         check_parameters(self.state, self.config, self.parts)
 
     @property
@@ -76,7 +78,7 @@ class ModelWeights:
         """Raise CheckpointError unless the named parts are there."""
         if missing := [part for part in parts if part not in self.parts]:
             raise CheckpointError(
-                f"the weights hold {', '.join(self.parts)} only, and not {', '.join(missing)}: weights of another "
+                f"the weights hold {', '.join(self.parts)} only, and not {', '.join(missing)}; weights of another "
                 "library's encoder have no more; take a checkpoint of a run"
             )
 
@@ -89,8 +91,6 @@ def check_parameters(state: Mapping[str, Tensor], config: RunConfig, parts: Coll
         config: decides which parameters there are.
         parts: the parts of the model that must be there, and no others.
     """
-    if not state:
-        raise CheckpointError("there are no weights at all; expected parameters of " + ", ".join(PARTS))
     expected = parameter_shapes(config, parts)
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     differences = [
