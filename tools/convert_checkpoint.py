@@ -1,6 +1,10 @@
-"""Turn a checkpoint into folders of stock libraries (docs/export.md).
+"""Turn a checkpoint into folders of stock libraries (docs/export.md), and weights of others into a start for runs.
 
 python tools/convert_checkpoint.py export RUN/checkpoints EXPORT --verify
+
+python tools/convert_checkpoint.py import open_clip:ViT-B-16/laion2b_s34b_b88k WEIGHTS --verify
+
+python tools/convert_checkpoint.py official RUN/checkpoints released.pt --verify
 """
 
 from __future__ import annotations

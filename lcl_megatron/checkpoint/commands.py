@@ -6,15 +6,21 @@ Each returns what the tool prints, of which the last line is one JSON object, an
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import tyro
 
+from lcl_megatron.checkpoint.convert.importing import Check, ImportOptions, check_released_file, import_weights
+from lcl_megatron.checkpoint.convert.official_file import Precision, write_official
 from lcl_megatron.checkpoint.export import ExportReport, export_weights, with_measurements, write_report
 from lcl_megatron.checkpoint.stock_libraries import LibraryError
 from lcl_megatron.checkpoint.weights import ModelWeights, read_weights
+
+_NEEDS_MEGATRON = (
+    "--verify compares with the model's own outputs and needs {}; install megatron-core, or leave --verify out"
+)
 
 
 class Outcome(NamedTuple):
@@ -51,7 +57,61 @@ def export(
     return Outcome(_text(report, output), int(bool(report.failures)))
 
 
-COMMANDS: dict[str, Callable[..., Outcome]] = {"export": export}
+def import_source(
+    source: Annotated[str, tyro.conf.Positional],
+    output: Annotated[Path, tyro.conf.Positional],
+    options: Annotated[ImportOptions, tyro.conf.arg(name="")],
+    verify: bool = False,
+) -> Outcome:
+    """Write weights from elsewhere as a folder of weights, from which runs start (--init-weights).
+
+    Sources: FILE.pt or FILE.safetensors of the released LCL code; clip:DIR_OR_NAME; open_clip:MODEL/PRETRAINED or
+    open_clip:MODEL/FILE; timm:NAME; DIR: a folder of one of these libraries, a training checkpoint, or weights.
+
+    Args:
+        source: Where the weights are.
+        output: Folder to make.
+        options: What may be changed on the way.
+        verify: Compare with the library's own outputs on random images, and with what was written; exit status 1
+            beyond 1e-5 of the largest output, or where a weight does not come back as it was.
+    """
+    try:
+        weights, checks = import_weights(source, output, options, verify)
+    except ModuleNotFoundError as error:
+        raise LibraryError(_NEEDS_MEGATRON.format(error.name)) from error
+    count = sum(tensor.numel() for tensor in weights.state.values())
+    return _judged(
+        f"{output}: {', '.join(weights.parts)}, {count / 1e6:.2f} M parameters\n"
+        f"train from it: pretrain_lcl.py --config {output}/run.toml --init-weights {output} --data-path ... --save ...",
+        checks,
+    )
+
+
+def official(
+    checkpoint: Annotated[Path, tyro.conf.Positional],
+    output: Annotated[Path, tyro.conf.Positional],
+    precision: Precision = "fp32",
+    verify: bool = False,
+) -> Outcome:
+    """Write a checkpoint as a file for the released LCL code and open_clip.
+
+    Args:
+        checkpoint: Training checkpoint, folder of checkpoints (the newest is taken), or folder of weights.
+        output: File to write.
+        precision: Number format in the file.
+        verify: Read the file back, and compare open_clip's outputs with the model's own on random images; exit status 1
+            as for import.
+    """
+    weights = read_weights(checkpoint)
+    write_official(weights, output, precision)
+    try:
+        checks = check_released_file(output, weights, precision) if verify else {}
+    except ModuleNotFoundError as error:
+        raise LibraryError(_NEEDS_MEGATRON.format(error.name)) from error
+    return _judged(f"{output}: written in {precision}", checks)
+
+
+COMMANDS: dict[str, Callable[..., Outcome]] = {"export": export, "import": import_source, "official": official}
 """Name on the command line -> what it runs."""
 
 
@@ -67,6 +127,16 @@ def _verify(report: ExportReport, weights: ModelWeights, output: Path) -> Export
     report = with_measurements(report, measure(report, weights, output))
     write_report(report, output)
     return report
+
+
+def _judged(text: str, checks: Mapping[str, Check]) -> Outcome:
+    """Return the outcome of a command without a report of its own."""
+    lines = [text]
+    for name, check in checks.items():
+        verdict = "ok" if check.passed else f"BEYOND {check.limit:.0e}"
+        lines.append(f"  {check.difference:9.2e}  {verdict}  {name}")
+    lines.append(json.dumps({name: check.difference for name, check in checks.items()}))
+    return Outcome("\n".join(lines), int(not all(check.passed for check in checks.values())))
 
 
 def _text(report: ExportReport, output: Path) -> str:

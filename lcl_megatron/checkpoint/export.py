@@ -31,6 +31,7 @@ from lcl_megatron.checkpoint.convert import whole_model
 from lcl_megatron.checkpoint.convert.targets import Source, Target, json_text, targets
 from lcl_megatron.checkpoint.folders import CheckpointError, commit_folder
 from lcl_megatron.checkpoint.model_card import Card, card_text
+from lcl_megatron.checkpoint.parameters import PARTS
 from lcl_megatron.checkpoint.stock_libraries import stock_library
 from lcl_megatron.checkpoint.weights import WEIGHTS_FILE, ModelWeights
 from lcl_megatron.config import RunConfig
@@ -128,13 +129,15 @@ def export_weights(
         metrics: files with figures for the model card: ``metrics.jsonl`` of a run, JSON results of evaluations.
 
     Raises:
-        CheckpointError: the folder exists, or what was written does not read back as the weights.
+        CheckpointError: the folder exists, the weights are of parts of a model only, or what was written does not read
+            back as the weights.
         LibraryError: huggingface_hub is not installed.
         OSError: the disk is full, or a file of figures cannot be read.
     """
     output = Path(output)
     if output.exists():
         raise CheckpointError(f"{output} exists; an export is never written over another: name another folder")
+    weights.require(*PARTS)
     # Needed at the end, for the model card; known before gigabytes are written.
     stock_library("huggingface_hub")
     source = Source(weights)

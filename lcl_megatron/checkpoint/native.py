@@ -51,6 +51,7 @@ __all__ = [
     "find_latest",
     "load",
     "load_model",
+    "model_state",
     "read_config",
     "save",
     "step_folder",
@@ -115,7 +116,7 @@ def load(checkpoint: Path, trainable: Trainable) -> Progress:
     check_architecture(checkpoint, engine.config)
     state = dist_checkpointing.load(_state(trainable, Progress(), is_loading=True), str(checkpoint))
     engine.ddp.module.load_state_dict(_unprefixed(state["model"]), strict=True)
-    optimizer_state.load_sharded_state(trainable.optimizer, _model_state(engine), state["optimizer"])
+    optimizer_state.load_sharded_state(trainable.optimizer, model_state(engine), state["optimizer"])
     trainable.scheduler.load_state_dict(state["scheduler"])
     return Progress(**state["progress"])
 
@@ -123,12 +124,12 @@ def load(checkpoint: Path, trainable: Trainable) -> Progress:
 def load_model(checkpoint: Path, engine: Engine) -> None:
     """Fill only the model from a checkpoint of any layout; collective over all ranks."""
     check_architecture(checkpoint, engine.config)
-    loaded = dist_checkpointing.load({"model": _model_state(engine)}, str(checkpoint))
+    loaded = dist_checkpointing.load({"model": model_state(engine)}, str(checkpoint))
     engine.ddp.module.load_state_dict(_unprefixed(loaded["model"]), strict=True)
 
 
 def _state(trainable: Trainable, progress: Progress, is_loading: bool) -> dict[str, Any]:
-    model = _model_state(trainable.engine)
+    model = model_state(trainable.engine)
     return {
         "model": model,
         "optimizer": optimizer_state.sharded_state(trainable.optimizer, model, is_loading),
@@ -137,8 +138,8 @@ def _state(trainable: Trainable, progress: Progress, is_loading: bool) -> dict[s
     }
 
 
-def _model_state(engine: Engine) -> ShardedStateDict:
-    """Return this rank's part of the model's tensors, named as in the whole model."""
+def model_state(engine: Engine) -> ShardedStateDict:
+    """Return this rank's part of the model's tensors, sharded, named as in a checkpoint; they share its memory."""
     state: ShardedStateDict = engine.ddp.module.sharded_state_dict(
         metadata={"dp_cp_group": engine.groups.collection.dp_cp}
     )

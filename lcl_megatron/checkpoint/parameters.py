@@ -5,28 +5,36 @@ Names are those of ``LCLModel`` with the ``torch`` backend; shapes are whole, th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from lcl_megatron.config import LanguageConfig, RunConfig, VisionConfig
 
 Shape = tuple[int, ...]
 
 
-def parameter_shapes(config: RunConfig) -> dict[str, Shape]:
+PARTS = ("vision", "pool", "language", "logit_scale")
+"""Parts of the model that weights may hold or lack; a parameter's part is its name up to the first dot."""
+
+
+def parameter_shapes(config: RunConfig, parts: Collection[str] = PARTS) -> dict[str, Shape]:
     """Return the shape of every parameter by its name.
 
+    Args:
+        config: its sections vision, pool and language decide.
+        parts: of these parts of the model only.
+
     Raises:
-        ConfigError: ``language.vocab_size`` is not set.
+        ConfigError: the language model is asked for and ``language.vocab_size`` is not set.
     """
-    c, h = config.vision.hidden_size, config.language.hidden_size
-    shapes = dict(_vision(config.vision))
-    shapes["pool.query"] = (c,)
-    for word in ("query", "key", "value"):
-        shapes |= _affine(f"pool.{word}_layernorm", (c,))
-        shapes |= _affine(f"pool.{word}_projection", (h, c))
-    shapes["pool.output_projection.weight"] = (h, h)
-    shapes |= _language(config.language)
-    shapes["logit_scale"] = (1,)
+    shapes: dict[str, Shape] = {}
+    if "vision" in parts:
+        shapes |= _vision(config.vision)
+    if "pool" in parts:
+        shapes |= _pool(config.vision.hidden_size, config.language.hidden_size)
+    if "language" in parts:
+        shapes |= _language(config.language)
+    if "logit_scale" in parts:
+        shapes["logit_scale"] = (1,)
     return shapes
 
 
@@ -47,6 +55,14 @@ def _vision(vision: VisionConfig) -> Iterator[tuple[str, Shape]]:
             yield f"vision.layers.{index}.self_attn_bda.gamma", (c,)
             yield f"vision.layers.{index}.mlp_bda.gamma", (c,)
     yield from _affine("vision.final_layernorm", (c,)).items()
+
+
+def _pool(c: int, h: int) -> Iterator[tuple[str, Shape]]:
+    yield "pool.query", (c,)
+    for word in ("query", "key", "value"):
+        yield from _affine(f"pool.{word}_layernorm", (c,)).items()
+        yield from _affine(f"pool.{word}_projection", (h, c)).items()
+    yield "pool.output_projection.weight", (h, h)
 
 
 def _language(language: LanguageConfig) -> Iterator[tuple[str, Shape]]:

@@ -1,6 +1,6 @@
-"""The weights of a whole model, apart from training: what exporters read and importers write.
+"""The weights of a model, or of whole parts of one, apart from training: what exporters read and importers write.
 
-    FOLDER/model.safetensors     every parameter of ``LCLModel`` under its name, whole
+    FOLDER/model.safetensors     parameters of ``LCLModel`` under their names, whole
     FOLDER/run.toml              the resolved configuration
     FOLDER/tokenizer.model       the corpus's tokenizer, if there is one
     FOLDER/progress.json         how far the run had come, if there was one
@@ -15,7 +15,7 @@ import json
 import pickle
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from lcl_megatron.checkpoint.folders import (
     find_latest,
     read_config,
 )
-from lcl_megatron.checkpoint.parameters import parameter_shapes
+from lcl_megatron.checkpoint.parameters import PARTS, parameter_shapes
 from lcl_megatron.config import RunConfig
 from lcl_megatron.config.toml import to_toml
 from lcl_megatron.parallel.shards import ShardError, ShardReader
@@ -42,20 +42,21 @@ from lcl_megatron.parallel.shards import ShardError, ShardReader
 WEIGHTS_FILE = "model.safetensors"
 PROGRESS_FILE = "progress.json"
 _COMMON_FILE = "common.pt"
-_FUSED_NAMES = (("input_layernorm", "self_attention.linear_qkv"), ("pre_mlp_layernorm", "mlp.linear_fc1"))
+FUSED_NAMES = (("input_layernorm", "self_attention.linear_qkv"), ("pre_mlp_layernorm", "mlp.linear_fc1"))
 """LayerNorms that a checkpoint stores under the name of the linear layer that reads them."""
 
 
 @dataclass(frozen=True, eq=False)
 class ModelWeights:
-    """Every parameter of a model, and what is needed to use them.
+    """Every parameter of a model or of some of its parts, such as the vision tower, and what is needed to use them.
 
     Raises:
         CheckpointError: names or shapes are not those of the configuration's model.
     """
 
     config: RunConfig
-    """The run that made them, or a configuration whose model they fit; ``language.vocab_size`` is set."""
+    """The run that made them, or a configuration whose model they fit; sections of absent parts mean nothing, and
+    ``language.vocab_size`` is set if the language model is there."""
     state: dict[str, Tensor]
     """By the names of ``LCLModel`` with the ``torch`` backend (``vision.layers.0.mlp.linear_fc1.weight``); whole."""
     tokenizer: bytes | None = None
@@ -64,17 +65,33 @@ class ModelWeights:
     """How far the run had come; None = not from a run of this package."""
 
     def __post_init__(self) -> None:
-        check_parameters(self.state, self.config)
+        if not self.state:
+            raise CheckpointError("there are no weights at all; expected parameters of " + ", ".join(PARTS))
+        check_parameters(self.state, self.config, self.parts)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Parts of the model that are there, in the order of the model; each is there as a whole."""
+        return tuple(part for part in PARTS if any(name.split(".")[0] == part for name in self.state))
+
+    def require(self, *parts: str) -> None:
+        """Raise CheckpointError unless the named parts are there."""
+        if missing := [part for part in parts if part not in self.parts]:
+            raise CheckpointError(
+                f"the weights hold {', '.join(self.parts)} only, and not {', '.join(missing)}; weights of another "
+                "library's encoder have no more; take a checkpoint of a run"
+            )
 
 
-def check_parameters(state: Mapping[str, Tensor], config: RunConfig) -> None:
+def check_parameters(state: Mapping[str, Tensor], config: RunConfig, parts: Collection[str] = PARTS) -> None:
     """Raise CheckpointError, naming every difference, unless names and shapes are those of the configuration's model.
 
     Args:
         state: tensors under the names of ``LCLModel``.
         config: decides which parameters there are.
+        parts: the parts of the model that must be there, and no others.
     """
-    expected = parameter_shapes(config)
+    expected = parameter_shapes(config, parts)
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     differences = [
         f"{name}: {found.get(name, 'absent')}, expected {expected.get(name, 'none of this name')}"
@@ -160,12 +177,15 @@ def _read_checkpoint(checkpoint: Path) -> ModelWeights:
     except ShardError as error:
         raise CheckpointError(f"{error}; copy the checkpoint again, or take the one before") from error
     state = {name: tensors[source] for name, source in names.items() if source in tensors}
-    return _weights(checkpoint, config, state, Progress(**_common(checkpoint)["progress"]))
+    weights = _weights(checkpoint, config, state, Progress(**_common(checkpoint)["progress"]))
+    # A part that is not there at all would pass for one that was never meant to be.
+    weights.require(*PARTS)
+    return weights
 
 
 def _stored_name(name: str, stored: Mapping[str, Any]) -> str:
     """Return the name in a checkpoint under which a parameter has its most precise values."""
-    for own, fused in _FUSED_NAMES:
+    for own, fused in FUSED_NAMES:
         name = re.sub(rf"^(\w+\.layers\.\d+)\.{own}\.", rf"\1.{fused}.layer_norm_", name)
     precise = f"optimizer.state.param.{name}"
     if precise in stored and stored[name].properties.dtype != torch.float32:

@@ -36,6 +36,8 @@ class VisionConfig:
     """Stochastic depth of the last layer; rises linearly from 0 at the first layer. 0 = off."""
     layernorm_epsilon: float = 1e-5
     """Epsilon of every LayerNorm of the tower."""
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    """MLP activation: erf-GELU, or x * sigmoid(1.702 x), with which OpenAI's CLIP weights were trained."""
 
     def __post_init__(self) -> None:
         require(

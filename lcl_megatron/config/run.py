@@ -222,6 +222,9 @@ class CheckpointConfig:
     """Folder for checkpoints, one ``step-NNNNNNNN`` folder each; empty = none is written."""
     load: str = ""
     """Folder of checkpoints to start from (the newest complete one) while ``save`` holds none."""
+    init_weights: str = ""
+    """Folder of weights (``tools/convert_checkpoint.py import``) that a new run starts from; what it lacks, such as all
+    but the vision tower, keeps its random start. A run that continues from a checkpoint ignores it."""
     save_interval: int = 1000
     """Steps between checkpoints; one is also written at the end."""
     allow_data_change: bool = False

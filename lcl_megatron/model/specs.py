@@ -89,6 +89,14 @@ def _transformer_engine_is_importable() -> bool:
     return True
 
 
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """Return x * sigmoid(1.702 x), entry by entry; megatron-core's own is compiled, which needs a C++ compiler."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+_ACTIVATIONS = {"relu": torch.nn.functional.relu, "gelu": torch.nn.functional.gelu, "quick_gelu": quick_gelu}
+
+
 def vision_transformer_config(vision: VisionConfig, runtime: Runtime) -> TransformerConfig:
     """Return megatron-core's configuration of the vision layers."""
     return _transformer_config(
@@ -98,13 +106,12 @@ def vision_transformer_config(vision: VisionConfig, runtime: Runtime) -> Transfo
         ffn_hidden_size=vision.ffn_hidden_size,
         num_attention_heads=vision.num_attention_heads,
         layernorm_epsilon=vision.layernorm_epsilon,
-        activation_func=torch.nn.functional.gelu,
+        activation_func=_ACTIVATIONS[vision.activation],
     )
 
 
 def language_transformer_config(language: LanguageConfig, runtime: Runtime) -> TransformerConfig:
     """Return megatron-core's configuration of the language layers."""
-    activations = {"relu": torch.nn.functional.relu, "gelu": torch.nn.functional.gelu}
     return _transformer_config(
         runtime,
         num_layers=language.num_layers,
@@ -112,7 +119,7 @@ def language_transformer_config(language: LanguageConfig, runtime: Runtime) -> T
         ffn_hidden_size=language.ffn_hidden_size,
         num_attention_heads=language.num_attention_heads,
         layernorm_epsilon=language.layernorm_epsilon,
-        activation_func=activations[language.activation],
+        activation_func=_ACTIVATIONS[language.activation],
     )
 
 

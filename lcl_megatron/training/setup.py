@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lcl_megatron.checkpoint import native
+from lcl_megatron.checkpoint.initial_weights import load_initial_weights
 from lcl_megatron.config import ConfigError, RunConfig
 from lcl_megatron.config.sources import describe
 from lcl_megatron.config.toml import to_toml
@@ -102,11 +103,15 @@ def _build(config: RunConfig, plan: Plan, groups: ProcessGroups) -> Run:
     if groups.rank == 0:
         logger.info("configuration\n%s", describe(config))
         _log_data(plan)
+    checkpoint = _checkpoint_to_resume(config)
     engine = engines.build_engine(config, groups)
     logger.debug("%s holds %s", groups.describe(), ", ".join(engine.stage.pieces))
+    if config.checkpoint.init_weights and checkpoint is None:
+        # Before the optimizer, whose float32 values begin as the weights.
+        load_initial_weights(config.checkpoint.init_weights, engine, plan.sequence.sources[0].corpus.tokenizer.model)
     optimizer = build_optimizer(engine)
     trainable = native.Trainable(engine, optimizer, build_scheduler(config, optimizer))
-    progress = _resume(config, plan, trainable)
+    progress = _resume(config, plan, trainable, checkpoint)
     if groups.rank == 0:
         logger.info(
             "world size %d: tensor %d x pipeline %d x data %d; %.2f M parameters on this rank; step %d of %d",
@@ -163,25 +168,35 @@ def _log_data(plan: Plan) -> None:
         )
 
 
-def _resume(config: RunConfig, plan: Plan, trainable: native.Trainable) -> native.Progress:
-    """Load the newest complete checkpoint, if there is one to continue from.
+def _checkpoint_to_resume(config: RunConfig) -> Path | None:
+    """Return the newest complete checkpoint, if there is one to continue from.
 
     Raises:
-        CheckpointError: ``checkpoint.load`` holds none, or it was trained on other data or in another order.
+        CheckpointError: ``checkpoint.load`` holds none.
     """
     # ``save`` first: a job that was started with --load and is started again must not lose what it has done since.
     roots = [root for root in (config.checkpoint.save, config.checkpoint.load) if root]
     checkpoint = next((found for root in roots if (found := native.find_latest(root))), None)
+    if checkpoint is None and config.checkpoint.load:
+        raise native.CheckpointError(
+            f"--load {config.checkpoint.load}: no complete checkpoint (step-NNNNNNNN) there; give the --save "
+            "folder of a run, or leave --load out to start anew"
+        )
+    return checkpoint
+
+
+def _resume(config: RunConfig, plan: Plan, trainable: native.Trainable, checkpoint: Path | None) -> native.Progress:
+    """Load the checkpoint to continue from; None = the run begins.
+
+    Raises:
+        CheckpointError: it was trained on other data or in another order.
+    """
     if checkpoint is None:
-        if config.checkpoint.load:
-            raise native.CheckpointError(
-                f"--load {config.checkpoint.load}: no complete checkpoint (step-NNNNNNNN) there; give the --save "
-                "folder of a run, or leave --load out to start anew"
-            )
         return native.Progress(data=plan.description)
     progress = _on_this_data(config, plan, checkpoint, native.load(checkpoint, trainable))
     if trainable.engine.groups.rank == 0:
-        logger.info("continuing from %s", checkpoint)
+        ignored = f"; --init-weights {config.checkpoint.init_weights} is for new runs and was not read"
+        logger.info("continuing from %s%s", checkpoint, ignored if config.checkpoint.init_weights else "")
     return progress
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lcl_megatron.checkpoint.convert.official import from_official, interleave_qkv, name_table, split_qkv, to_official
+from lcl_megatron.checkpoint.convert.official import from_official, name_table, to_official
+from lcl_megatron.checkpoint.convert.table import interleave_qkv, split_qkv
 from lcl_megatron.config import LanguageConfig, PoolConfig, RunConfig, VisionConfig
 from tests.reference_lcl import ReferenceLCL, Sizes
 
@@ -81,10 +82,12 @@ def test_qkv_rows_stand_where_each_layout_wants_them() -> None:
 
 def test_missing_and_unknown_names_are_listed(config: RunConfig, official) -> None:
     official["visual.proj"] = official.pop("visual.ln_pre.bias")
-    with pytest.raises(ValueError, match=r"lacks \['visual\.ln_pre\.bias'\] and has unknown \['visual\.proj'\]"):
+    with pytest.raises(ValueError, match=r"absent visual\.ln_pre\.bias, unknown visual\.proj; compare depth"):
         from_official(official, config)
-    with pytest.raises(ValueError, match=r"lacks .*'pool\.query'.* and has unknown nothing; it is not of the"):
+    with pytest.raises(ValueError, match=r"the model lacks vision\.embedding\.weight, .*, pool\.query, "):
         to_official({}, config)
+    with pytest.raises(ValueError, match=r"the released code has no place for language\.x"):
+        to_official({"language.x": torch.zeros(1)}, config)
 
 
 def test_state_of_a_model_with_more_layers_is_refused(config: RunConfig, official) -> None:
@@ -93,5 +96,5 @@ def test_state_of_a_model_with_more_layers_is_refused(config: RunConfig, officia
         for name, tensor in official.items()
         if name.startswith("text.transformer.resblocks.1.")
     }
-    with pytest.raises(ValueError, match=r"lacks nothing and has unknown \['text\.transformer\.resblocks\.2\."):
+    with pytest.raises(ValueError, match=r"absent nothing, unknown text\.transformer\.resblocks\.2\."):
         from_official(official, config)

@@ -20,10 +20,11 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from lcl_megatron.checkpoint import native
+from lcl_megatron.checkpoint.export import export_weights
 from lcl_megatron.checkpoint.folders import CheckpointError, Progress
 from lcl_megatron.checkpoint.parameters import parameter_shapes
-from lcl_megatron.checkpoint.weights import ModelWeights, read_weights, write_weights
-from lcl_megatron.config import ConfigError, RunConfig
+from lcl_megatron.checkpoint.weights import ModelWeights, check_parameters, read_weights, write_weights
+from lcl_megatron.config import ConfigError, LanguageConfig, RunConfig
 from lcl_megatron.model.lcl import LCLModel
 from lcl_megatron.parallel.shards import ALLOWED_GLOBALS, ShardError, ShardReader
 from tests.checkpoint import runs
@@ -162,9 +163,30 @@ def test_weights_that_do_not_fit_the_configuration_are_refused_by_name() -> None
     assert "vision.embedding.class_token: absent, expected (16,)" in message
     assert "compare the sections vision, pool and language" in message
     with pytest.raises(CheckpointError, match=r"and \d+ more"):
+        check_parameters({}, weights.config, ["language"])
+    with pytest.raises(CheckpointError, match="there are no weights at all; expected parameters of vision, pool"):
         ModelWeights(weights.config, {})
     with pytest.raises(ConfigError, match=r"language.vocab_size is not set"):
         parameter_shapes(tiny_config(language={"vocab_size": 0}))
+
+
+def test_parts_of_a_model_are_there_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    weights = random_weights(tiny_config())
+    state = {name: tensor for name, tensor in weights.state.items() if name.startswith(("vision.", "logit_scale"))}
+    # What is not there need not be configured.
+    config = dataclasses.replace(weights.config, language=LanguageConfig())
+    parts = ModelWeights(config, state)
+    assert parts.parts == ("vision", "logit_scale")
+    write_weights(parts, tmp_path / "parts")
+    assert read_weights(tmp_path / "parts").state.keys() == state.keys()
+    parts.require("vision")
+    with pytest.raises(CheckpointError, match="the weights hold vision, logit_scale only, and not pool; weights of an"):
+        parts.require("vision", "pool")
+    with pytest.raises(CheckpointError, match="and not pool, language; weights of another library's encoder"):
+        export_weights(parts, tmp_path / "export")
+    del state["vision.final_layernorm.bias"]
+    with pytest.raises(CheckpointError, match=r"vision\.final_layernorm\.bias: absent, expected \(16,\)"):
+        ModelWeights(config, state)
 
 
 def test_folders_that_hold_no_weights_are_refused(tmp_path: Path) -> None:

@@ -31,8 +31,11 @@ VARIANTS = {
     "paper": VISION,
     "no class token": dataclasses.replace(VISION, class_token=False),
     "no LayerScale": dataclasses.replace(VISION, layer_scale_init=None),
+    "QuickGELU": dataclasses.replace(VISION, activation="quick_gelu"),
     "one layer, one head": dataclasses.replace(VISION, num_layers=1, num_attention_heads=1, layernorm_epsilon=1e-2),
 }
+
+ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": lambda x: x / (1 + (-1.702 * x).exp())}
 
 
 def _plain_vit(tower: VisionTower, image: Tensor, keep: list[tuple[float, float]]) -> Tensor:
@@ -43,8 +46,9 @@ def _plain_vit(tower: VisionTower, image: Tensor, keep: list[tuple[float, float]
     if vision.class_token:
         x = torch.cat([state["embedding.class_token"][None], x])
     x = plain.layernorm(state, "embedding.layernorm", x + state["embedding.position_embeddings"], eps)
+    activation = ACTIVATIONS[vision.activation]
     for index, layer in enumerate(plain.layer_states(state, vision.num_layers)):
-        x = plain.layer(layer, x, vision.num_attention_heads, causal=False, keep=keep[index], eps=eps)
+        x = plain.layer(layer, x, vision.num_attention_heads, False, activation, keep[index], eps)
     x = plain.layernorm(state, "final_layernorm", x, eps)
     return x[1:] if vision.class_token else x
 

@@ -108,7 +108,7 @@ def config_json(config: RunConfig) -> dict[str, Any]:
         "image_size": vision.image_size,
         "patch_size": vision.patch_size,
         "num_channels": 3,
-        "hidden_act": "gelu",
+        "hidden_act": vision.activation,
         "layer_norm_eps": vision.layernorm_epsilon,
         "attention_dropout": 0.0,
         "projection_dim": vision.hidden_size,

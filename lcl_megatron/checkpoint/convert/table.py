@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lcl_megatron.checkpoint.convert.official import interleave_qkv, split_qkv
 from lcl_megatron.checkpoint.folders import CheckpointError
 
 Table = tuple["Rule", ...]
@@ -50,6 +49,16 @@ class LayerNames:
     """Second linear layer of the MLP."""
     layer_scales: tuple[str, str] | None = None
     """LayerScale of attention and of the MLP; None = the library has none."""
+
+
+def interleave_qkv(tensor: Tensor, num_heads: int) -> Tensor:
+    """Turn rows [q of all heads; k; v] into megatron-core's [head][q, k, v]; weight or bias, 3 C rows."""
+    return tensor.unflatten(0, (3, num_heads, -1)).transpose(0, 1).reshape(tensor.shape)
+
+
+def split_qkv(tensor: Tensor, num_heads: int) -> Tensor:
+    """Undo ``interleave_qkv``."""
+    return tensor.unflatten(0, (num_heads, 3, -1)).transpose(0, 1).reshape(tensor.shape)
 
 
 def export_tensors(table: Table, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

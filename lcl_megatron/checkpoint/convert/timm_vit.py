@@ -129,6 +129,8 @@ def architecture_of(vision: VisionConfig) -> tuple[str, dict[str, Any]]:
     arguments: dict[str, Any] = {"class_token": vision.class_token, "global_pool": "avg", "fc_norm": False}
     if vision.layer_scale_init is not None:
         arguments["init_values"] = vision.layer_scale_init
+    if vision.activation != "gelu":
+        arguments["act_layer"] = vision.activation
     shape = (
         vision.patch_size,
         vision.image_size,

@@ -34,6 +34,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"class_token": False, **PLAIN},
         {"tie_embeddings": False, "vocab_size": 384},
     ),
+    "QuickGELU": ({"activation": "quick_gelu"}, {}),
     "epsilon 1e-6": ({"layernorm_epsilon": 1e-6}, {}),
     "odd MLP width": ({"hidden_size": 24, "ffn_hidden_size": 89, "num_attention_heads": 3}, {}),
 }
