@@ -1,0 +1,216 @@
+"""Encoded images by number: files of a folder or members of tars, read and decoded in parallel.
+
+What is read never leaves the folder (names come from the data), and an image that is missing or damaged ends the
+evaluation with its name: leaving it out would change what a score is a share of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lcl_megatron.data.decoding.image_probe import ImageError
+from lcl_megatron.data.image_stores.image_folder import ImageFileError, ImageFolder
+
+Transform = Callable[[bytes, int], Tensor]
+"""Encoded image and the key of its randomness -> (3, S, S) uint8 RGB; raises ImageError."""
+
+
+class DataError(ValueError):
+    """Data that cannot be used for evaluation; the message names the file."""
+
+
+class ImageSet(Protocol):
+    """Images by number."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        ...
+
+    def name(self, index: int) -> str:
+        """Return what an image is called in messages: its path."""
+        ...
+
+    def read(self, index: int) -> bytes:
+        """Return the encoded image.
+
+        Raises:
+            DataError: it is missing or cannot be read.
+        """
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digits that change when images are added, taken away, reordered or exchanged for others."""
+        ...
+
+
+@dataclass(frozen=True)
+class FolderImages:
+    """Image files below a folder."""
+
+    root: Path
+    """The folder."""
+    names: Sequence[str]
+    """Their names, relative to it."""
+
+    def __post_init__(self) -> None:
+        if not self.root.is_dir():
+            raise DataError(f"there is no image folder {self.root}; unpack the images or give another folder")
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        """Return the path of an image."""
+        return str(self.root / self.names[index])
+
+    def read(self, index: int) -> bytes:
+        """Return the encoded image; raises ``DataError``."""
+        try:
+            return ImageFolder(self.root).read(self.names[index])
+        except ImageFileError as error:
+            raise DataError(f"{self.name(index)}: {error}; complete the images or give another folder") from error
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of names, sizes and times of change.
+
+        Raises:
+            DataError: files are missing; counts them and names the first.
+        """
+        digest, missing = hashlib.sha256(str(self.root.resolve()).encode()), []
+        for name in self.names:
+            try:
+                info = os.stat(self.root / name)
+            except OSError:
+                missing.append(name)
+                continue
+            digest.update(f"{name}\0{info.st_size}\0{info.st_mtime_ns}\n".encode())
+        if missing:
+            raise DataError(
+                f"{len(missing)} of {len(self)} images are not in {self.root}, the first is {missing[0]}; "
+                "unpack the images completely or give another folder"
+            )
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class TarImages:
+    """Members of plain tar files, by where their bytes lie."""
+
+    tars: tuple[Path, ...]
+    """The tars."""
+    tar: np.ndarray
+    """(N,) int32, which tar an image is in."""
+    offset: np.ndarray
+    """(N,) int64, where its bytes begin."""
+    size: np.ndarray
+    """(N,) int64, how many they are."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.tar)
+
+    def name(self, index: int) -> str:
+        """Return tar and place of an image."""
+        return f"{self.tars[self.tar[index]]} at byte {self.offset[index]}"
+
+    def read(self, index: int) -> bytes:
+        """Return the encoded image; raises ``DataError``."""
+        wanted = int(self.size[index])
+        with open(self.tars[self.tar[index]], "rb", buffering=0) as stream:
+            data = os.pread(stream.fileno(), wanted, int(self.offset[index]))
+        if len(data) != wanted:
+            raise DataError(f"{self.name(index)}: the file ends inside the image; it was changed while in use")
+        return data
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the tars' names, sizes and times of change, and of the places of the images."""
+        digest = hashlib.sha256()
+        for tar in self.tars:
+            info = tar.stat()
+            digest.update(f"{tar.resolve()}\0{info.st_size}\0{info.st_mtime_ns}\n".encode())
+        for places in (self.tar, self.offset, self.size):
+            digest.update(np.ascontiguousarray(places).tobytes())
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class ImageSubset:
+    """Some images of a set, in an order of their own."""
+
+    whole: ImageSet
+    """The set."""
+    indices: np.ndarray
+    """(N,) int64 into it."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        """Return what the set calls it."""
+        return self.whole.name(int(self.indices[index]))
+
+    def read(self, index: int) -> bytes:
+        """Return the encoded image; raises ``DataError``."""
+        return self.whole.read(int(self.indices[index]))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the set and the choice."""
+        return hashlib.sha256(self.whole.fingerprint.encode() + self.indices.tobytes()).hexdigest()[:16]
+
+
+class PixelReader:
+    """Reads, decodes and transforms images of a set, many at the same time.
+
+    One reader may be used by several threads; they share its own.
+    """
+
+    def __init__(self, images: ImageSet, transform: Transform, num_threads: int = 0) -> None:
+        """Prepare to read.
+
+        Args:
+            images: the set.
+            transform: what becomes of an image.
+            num_threads: images decoded at the same time; 0 = one per CPU core.
+        """
+        self.images = images
+        self._transform = transform
+        self._threads = ThreadPoolExecutor(num_threads or os.cpu_count())
+
+    def __call__(self, indices: np.ndarray, keys: np.ndarray | None = None) -> Tensor:
+        """Return pixels (n, 3, S, S) uint8 RGB.
+
+        Args:
+            indices: (n,) of the set.
+            keys: (n,) of the transform's randomness; None = 0 for all.
+
+        Raises:
+            DataError: an image cannot be read or decoded; names it.
+        """
+        all_keys = np.zeros(len(indices), np.int64) if keys is None else keys
+        return torch.stack(list(self._threads.map(self._pixels, indices.tolist(), all_keys.tolist())))
+
+    def _pixels(self, index: int, key: int) -> Tensor:
+        data = self.images.read(index)
+        try:
+            return self._transform(data, key)
+        except ImageError as error:
+            raise DataError(
+                f"{self.images.name(index)}: {error}; repair the image or take it out of the set"
+            ) from error
