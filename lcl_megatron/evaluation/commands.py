@@ -6,47 +6,14 @@ A function's parameters are its flags, and its docstring is its help.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-
-from lcl_megatron.config.errors import require
+from lcl_megatron.evaluation.flags import Flags
 from lcl_megatron.evaluation.transfer.classification import ClassificationSettings, classify
 from lcl_megatron.evaluation.transfer.labelled_sets import open_labelled
 from lcl_megatron.evaluation.transfer.report import markdown_table, merge_results, write_results
-from lcl_megatron.evaluation.transfer.session import Mode, open_session
+from lcl_megatron.evaluation.transfer.session import open_session
 from lcl_megatron.evaluation.transfer.settings import read_settings
-
-
-@dataclass(frozen=True, kw_only=True)
-class TransferFlags:
-    """What all tasks that train something are asked; tyro makes the flags of the fields."""
-
-    encoder: tuple[str, ...]
-    """Folders or names, see docs/evaluation.md; NAME=ENCODER names one. Each gives a row of the table."""
-    output: Path
-    """Folder for results.json, results.md and results.png."""
-    preset: str = "paper"
-    """Name of a shipped preset (paper, cpu), or a .toml file."""
-    set: tuple[str, ...] = ()
-    """Single settings on top of the preset, e.g. fit.steps=100."""
-    mode: Mode = "frozen"
-    """Whether the encoder stays as it is or is trained along."""
-    seeds: tuple[int, ...] = (0,)
-    """One fit for each."""
-    cache: Path | None = None
-    """Folder for frozen features, which several calls may share; by default OUTPUT/features."""
-
-    def __post_init__(self) -> None:
-        for name, values in (("--encoder", self.encoder), ("--seeds", self.seeds)):
-            require(len(values) > 0, f"{name} is empty; give at least one")
-            require(len(frozenset(values)) == len(values), f"{name} {' '.join(map(str, values))}: one is there twice")
-
-
-Flags = Annotated[TransferFlags, tyro.conf.arg(name="")]
-"""Flags without a prefix."""
 
 
 def classification(flags: Flags, data: Path, splits: tuple[str, str] = ("train", "val")) -> None:
