@@ -11,8 +11,9 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -66,7 +67,7 @@ class FitConfig:
     log_interval: int = 10
     """Steps between points of the training curve."""
     save_interval: int = 500
-    """Steps between saved states, from which an interrupted fit goes on; 0 = none is saved."""
+    """Steps between saved states, from which an interrupted fit goes on; 0 = only the last one is saved."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_interval"):
@@ -172,7 +173,8 @@ def fit(
         replicas: the ranks that share each batch.
         seed: of the order of examples.
         pretrained: those of the module's parameters that start from pre-trained values.
-        state_file: where the state is saved every ``save_interval`` steps and found again; deleted at the end.
+        state_file: where the state is saved every ``save_interval`` steps and at the end, and found again; a fit
+            that has ended is not repeated. None = nothing is saved.
 
     Returns:
         The training curve, the same on every rank.
@@ -189,12 +191,10 @@ def fit(
     module.train()
     for step_parts in run.parts():
         run.take_step(step_parts)
-        if state_file is not None and config.save_interval and run.step % config.save_interval == 0:
+        is_due = config.save_interval and run.step % config.save_interval == 0
+        if state_file is not None and (is_due or run.step == config.steps):
             run.save(state_file)
     module.eval()
-    replicas.barrier()
-    if state_file is not None and replicas.is_first:
-        state_file.unlink(missing_ok=True)
     return Curve(tuple(run.log.steps), tuple(run.log.losses), tuple(run.log.lrs))
 
 
@@ -346,8 +346,7 @@ class _Fit:
 def _losses(loss: Loss, draws: Iterator[Draw]) -> Iterator[Callable[[], LossSum]]:
     """Yield a function for each draw that returns its loss; a ``PreparedLoss`` prepares the next one meanwhile."""
     if not isinstance(loss, PreparedLoss):
-        for part in draws:
-            yield lambda part=part: loss(part)  # type: ignore[misc]
+        yield from (partial(loss, part) for part in draws)
         return
     with ThreadPoolExecutor(1) as pool:
         ahead = None
@@ -355,6 +354,10 @@ def _losses(loss: Loss, draws: Iterator[Draw]) -> Iterator[Callable[[], LossSum]
             prepared = pool.submit(loss.prepare, part)
             if ahead is not None:
                 yield ahead
-            ahead = lambda part=part, prepared=prepared: loss.compute(part, prepared.result())  # type: ignore[misc]  # noqa: E731
+            ahead = partial(_compute, loss, part, prepared)
         if ahead is not None:
             yield ahead
+
+
+def _compute(loss: PreparedLoss, part: Draw, prepared: Future[Any]) -> LossSum:
+    return loss.compute(part, prepared.result())

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 
 from lcl_megatron.data.decoding.image_probe import ImageError
-from lcl_megatron.data.image_stores.image_folder import ImageFileError, ImageFolder
+from lcl_megatron.data.image_stores.image_folder import ImageFileError, ImageFolder, is_url, url_file_name
+from lcl_megatron.data.image_stores.image_store import ImageTars
 
 Transform = Callable[[bytes, int], Tensor]
 """Encoded image and the key of its randomness -> (3, S, S) uint8 RGB; raises ImageError."""
@@ -90,20 +92,57 @@ class FolderImages:
         Raises:
             DataError: files are missing; counts them and names the first.
         """
-        digest, missing = hashlib.sha256(str(self.root.resolve()).encode()), []
+        states, missing = [str(self.root.resolve())], []
         for name in self.names:
-            try:
-                info = os.stat(self.root / name)
-            except OSError:
+            info = self._stat(name)
+            if info is None:
                 missing.append(name)
                 continue
-            digest.update(f"{name}\0{info.st_size}\0{info.st_mtime_ns}\n".encode())
+            states.append(f"{name}\0{info.st_size}\0{info.st_mtime_ns}")
         if missing:
             raise DataError(
                 f"{len(missing)} of {len(self)} images are not in {self.root}, the first is {missing[0]}; "
                 "unpack the images completely or give another folder"
             )
-        return digest.hexdigest()[:16]
+        return _hash(states)
+
+    def _stat(self, name: str) -> os.stat_result | None:
+        """Return the state of a file where ``ImageFolder`` would look for it."""
+        file = url_file_name(name) if is_url(name) else name
+        for path in (self.root / file, self.root / file[:2] / file):
+            with suppress(OSError):
+                return path.stat()
+        return None
+
+
+@dataclass(frozen=True)
+class StoredImages:
+    """Images by name in indexed tars (``open_image_store``)."""
+
+    store: ImageTars
+    """Where they are."""
+    names: Sequence[str]
+    """Member names, or URLs as img2dataset recorded them."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        """Return the name of an image."""
+        return self.names[index]
+
+    def read(self, index: int) -> bytes:
+        """Return the encoded image; raises ``DataError``."""
+        try:
+            return self.store.read(self.names[index])
+        except ImageFileError as error:
+            raise DataError(f"{self.names[index]}: {error}; complete the tars") from error
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the names and of the tars' sizes and times of change."""
+        return _hash([_tar_state(tar) for tar in self.store.tars] + list(self.names))
 
 
 @dataclass(frozen=True)
@@ -139,13 +178,8 @@ class TarImages:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the tars' names, sizes and times of change, and of the places of the images."""
-        digest = hashlib.sha256()
-        for tar in self.tars:
-            info = tar.stat()
-            digest.update(f"{tar.resolve()}\0{info.st_size}\0{info.st_mtime_ns}\n".encode())
-        for places in (self.tar, self.offset, self.size):
-            digest.update(np.ascontiguousarray(places).tobytes())
-        return digest.hexdigest()[:16]
+        places = [hashlib.sha256(places.tobytes()).hexdigest() for places in (self.tar, self.offset, self.size)]
+        return _hash([_tar_state(tar) for tar in self.tars] + places)
 
 
 @dataclass(frozen=True)
@@ -173,6 +207,18 @@ class ImageSubset:
     def fingerprint(self) -> str:
         """Hash of the set and the choice."""
         return hashlib.sha256(self.whole.fingerprint.encode() + self.indices.tobytes()).hexdigest()[:16]
+
+
+def _tar_state(tar: Path) -> str:
+    info = tar.stat()
+    return f"{tar.resolve()}\0{info.st_size}\0{info.st_mtime_ns}"
+
+
+def _hash(states: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for state in states:
+        digest.update(f"{state}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:16]
 
 
 class PixelReader:

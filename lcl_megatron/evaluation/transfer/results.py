@@ -108,10 +108,11 @@ class TaskResult:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> TaskResult:
         """Return the result that ``to_dict`` described; raises KeyError or TypeError for anything else."""
-        metrics = tuple(
-            MetricSummary(**{name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()})
+        entries: list[dict[str, Any]] = [
+            {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
             for entry in fields["metrics"]
-        )
+        ]
+        metrics = tuple(MetricSummary(**entry) for entry in entries)
         curves = {
             seed: Curve(**{name: tuple(values) for name, values in entry.items()})
             for seed, entry in fields["curves"].items()
