@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from lcl_megatron.config.errors import require
 from lcl_megatron.evaluation.flags import Flags
+from lcl_megatron.evaluation.transfer.caption_sets import open_captioned
 from lcl_megatron.evaluation.transfer.classification import ClassificationSettings, classify
 from lcl_megatron.evaluation.transfer.labelled_sets import open_labelled
 from lcl_megatron.evaluation.transfer.report import markdown_table, merge_results, write_results
+from lcl_megatron.evaluation.transfer.retrieval import RetrievalSettings, retrieve
 from lcl_megatron.evaluation.transfer.session import open_session
 from lcl_megatron.evaluation.transfer.settings import read_settings
 
@@ -32,6 +35,41 @@ def classification(flags: Flags, data: Path, splits: tuple[str, str] = ("train",
             session.add(classify(spec, train, test, settings, flags.mode, flags.seeds, session))
 
 
+def retrieval(
+    flags: Flags,
+    train: tuple[Path, ...],
+    test: tuple[Path, ...],
+    train_images: Path | None = None,
+    test_images: tuple[Path, ...] = (),
+    train_split: str = "",
+    test_split: str = "test",
+) -> None:
+    """Train a fresh text encoder and a pool by contrast and score retrieval both ways; --mode full trains the encoder.
+
+    Args:
+        flags: Flags of all transfer tasks.
+        train: Caption files (.json, .tsv), tars of pairs or folders of tars.
+        test: Test sets, each with a table of its own; files of the same forms.
+        train_images: Folder or tars of the images that training files name.
+        test_images: The same for each test set, or one for all.
+        train_split: Split of training files that have splits (dataset_coco.json); empty is all.
+        test_split: Split of test files that have splits; empty is all.
+    """
+    settings = read_settings(RetrievalSettings, "retrieval", flags.preset, flags.set)
+    roots = test_images * len(test) if len(test_images) == 1 else test_images or (None,) * len(test)
+    require(
+        len(roots) == len(test),
+        f"--test-images names {len(test_images)} folders for {len(test)} test sets; give one for all, or one for each",
+    )
+    pairs = open_captioned(train, train_images, train_split)
+    tests = [open_captioned([file], root, test_split, is_test=True) for file, root in zip(test, roots, strict=True)]
+    with open_session(flags.output, flags.cache) as session:
+        session.say(f"training: {len(pairs):,} images of {pairs.source}; left out: {pairs.left_out or 'none'}")
+        for spec in flags.encoder:
+            for result in retrieve(spec, pairs, tests, settings, flags.mode, flags.seeds, session):
+                session.add(result)
+
+
 def table(results: list[Path], output: Path | None = None) -> None:
     """Put results of several calls into one table per task and test set.
 
@@ -46,5 +84,5 @@ def table(results: list[Path], output: Path | None = None) -> None:
         write_results(merged, output)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"classification": classification, "table": table}
+COMMANDS: dict[str, Callable[..., None]] = {"classification": classification, "retrieval": retrieval, "table": table}
 """Subcommands by name."""
