@@ -12,11 +12,13 @@ from lcl_megatron.config.errors import require
 from lcl_megatron.evaluation.flags import Flags
 from lcl_megatron.evaluation.transfer.caption_sets import open_captioned
 from lcl_megatron.evaluation.transfer.classification import ClassificationSettings, classify
-from lcl_megatron.evaluation.transfer.labelled_sets import open_labelled
+from lcl_megatron.evaluation.transfer.labelled_sets import open_labelled, open_split
+from lcl_megatron.evaluation.transfer.probe import probe
 from lcl_megatron.evaluation.transfer.report import markdown_table, merge_results, write_results
 from lcl_megatron.evaluation.transfer.retrieval import RetrievalSettings, retrieve
 from lcl_megatron.evaluation.transfer.session import open_session
 from lcl_megatron.evaluation.transfer.settings import read_settings
+from lcl_megatron.evaluation.transfer.zero_shot import TEMPLATES, read_class_names, zero_shot
 
 
 def classification(flags: Flags, data: Path, splits: tuple[str, str] = ("train", "val")) -> None:
@@ -70,6 +72,52 @@ def retrieval(
                 session.add(result)
 
 
+def probe_command(
+    encoder: tuple[str, ...], data: Path, output: Path, splits: tuple[str, str] = ("train", "val")
+) -> None:
+    """Score frozen encoders by k-NN and a linear probe on the mean of their patch features: cheap, nothing to choose.
+
+    Args:
+        encoder: Folders or names, see docs/evaluation.md; NAME=ENCODER names one.
+        data: Folder of labelled images, as for classification.
+        output: Folder for results.json, results.md and results.png.
+        splits: Training and test split.
+    """
+    train, test = open_labelled(data, *splits)
+    with open_session(output, None) as session:
+        for spec in encoder:
+            session.add(probe(spec, train, test, session))
+
+
+def zero_shot_command(
+    checkpoint: Path,
+    data: Path,
+    output: Path,
+    split: str = "val",
+    tokenizer: Path | None = None,
+    class_names: Path | None = None,
+    templates: tuple[str, ...] = TEMPLATES,
+) -> None:
+    """Classify images by the similarity of their pooled latent with the context feature at <BoI> after a prompt.
+
+    Args:
+        checkpoint: Folder of training checkpoints, or one checkpoint; one process, megatron-core is needed.
+        data: Folder of labelled images, as for classification.
+        output: Folder for results.json, results.md and results.png.
+        split: Split to score.
+        tokenizer: SentencePiece file; by default the run's.
+        class_names: Text file with a name a line, in the order of the classes; by default the classes' own names.
+        templates: Prompts; {} stands for the name.
+    """
+    # Imports megatron-core, which nothing else here needs.
+    from lcl_megatron.evaluation.checkpoint_model import checkpoint_model
+
+    test = open_split(data, split)
+    names = test.classes if class_names is None else read_class_names(class_names, len(test.classes))
+    with checkpoint_model(checkpoint, tokenizer) as model, open_session(output, None) as session:
+        session.add(zero_shot(model, test, names, templates))
+
+
 def table(results: list[Path], output: Path | None = None) -> None:
     """Put results of several calls into one table per task and test set.
 
@@ -84,5 +132,11 @@ def table(results: list[Path], output: Path | None = None) -> None:
         write_results(merged, output)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"classification": classification, "retrieval": retrieval, "table": table}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "classification": classification,
+    "retrieval": retrieval,
+    "probe": probe_command,
+    "zero-shot": zero_shot_command,
+    "table": table,
+}
 """Subcommands by name."""

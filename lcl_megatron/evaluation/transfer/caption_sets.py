@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ def open_captioned(
     Args:
         files: caption files, tars, or folders of tars; see the module's text.
         image_root: what image names are relative to: a folder, or tars; not needed for tars of pairs.
-        split: images of this split only, where a file has splits (dataset_coco.json); empty = all.
+        split: images of this split only, if the entries of a file name splits (dataset_coco.json); empty = all.
         is_test: a record that cannot be used is an error, because leaving it out would change the score. In training
             sets such records are left out and counted.
 
@@ -123,7 +124,10 @@ def _open(
         return _open_tars(file, tars, is_test, left_out)
     if image_root is None:
         raise DataError(f"{file} names images; give the folder or tars that hold them (--images)")
-    records = read_coco(file, splits=(split,) if split else ()) if file.suffix == ".json" else read_tsv(file)
+    if file.suffix == ".json":
+        records = read_coco(file, splits=(split,) if split and _has_splits(file) else ())
+    else:
+        records = read_tsv(file)
     captions = _by_image(records, is_test, left_out)
     if not captions:
         raise DataError(
@@ -136,6 +140,16 @@ def _open(
         assert isinstance(store, ImageTars)
         images = StoredImages(store, names)
     return images, [tuple(texts) for texts in captions.values()]
+
+
+def _has_splits(file: Path) -> bool:
+    """Whether the entries of a JSON file name splits; what is damaged is the reader's to report."""
+    try:
+        value = json.loads(file.read_bytes())
+    except ValueError:
+        return False
+    entries = value.get("images") if isinstance(value, dict) else value
+    return isinstance(entries, list) and any(isinstance(entry, dict) and "split" in entry for entry in entries)
 
 
 def _by_image(records: Iterable[Document | Reject], is_test: bool, left_out: Counter[str]) -> dict[str, list[str]]:

@@ -72,11 +72,10 @@ def recalls(images: Tensor, texts: Tensor, image_of_text: Tensor) -> dict[str, U
 def chance_recalls(captions_per_image: np.ndarray) -> dict[str, float]:
     """Return the expected recalls of a random order, given the number of captions of each image, (I,)."""
     num_images, num_texts = len(captions_per_image), int(captions_per_image.sum())
-    chances = {}
-    for k in RANKS:
-        # All k drawn captions are foreign: C(T - n, k) / C(T, k).
-        misses = [math.comb(num_texts - int(n), k) / math.comb(num_texts, k) if k <= num_texts else 0.0
-                  for n in captions_per_image]  # fmt: skip
-        chances[f"TR@{k}"] = 1 - float(np.mean(misses))
-        chances[f"IR@{k}"] = min(1.0, k / num_images)
-    return chances
+
+    def miss(own: int, k: int) -> float:
+        """All k drawn captions are foreign: C(T - n, k) / C(T, k)."""
+        return math.comb(num_texts - own, k) / math.comb(num_texts, k) if k <= num_texts else 0.0
+
+    chances = {f"TR@{k}": 1 - float(np.mean([miss(n, k) for n in captions_per_image.tolist()])) for k in RANKS}
+    return chances | {f"IR@{k}": min(1.0, k / num_images) for k in RANKS}
