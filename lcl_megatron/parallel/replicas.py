@@ -152,7 +152,9 @@ class Replicas:
         if self.group is not None:
             dist.barrier(group=self.group)
 
-    def contrast(self, images_ND: Tensor, texts_ND: Tensor, logit_scale: Tensor) -> Tensor:
+    def contrast(
+        self, images_ND: Tensor, texts_ND: Tensor, logit_scale: Tensor, is_pair_N: Tensor | None = None
+    ) -> Tensor:
         """Return this rank's share of the symmetric InfoNCE loss (CLIP's), with all ranks' pairs as negatives.
 
         It is a sum over this rank's pairs; ranks' gradients add up to that of the whole (see ``contrastive_loss``).
@@ -161,13 +163,19 @@ class Replicas:
             images_ND: (N, D) of this rank, any length; N is the same on every rank.
             texts_ND: (N, D) of the same pairs.
             logit_scale: () log of the inverse temperature.
+            is_pair_N: (N,) bool, which pairs count, on both sides; None = all, on every rank.
 
         Returns:
             () float32.
 
-        Parallel: two all-gathers in the forward pass, nothing in the backward pass.
+        Parallel: two all-gathers in the forward pass, nothing in the backward pass; one more for ``is_pair_N``.
         """
-        slots = PairSlots([len(images_ND)] * self.size, torch.ones(len(images_ND) * self.size, dtype=torch.bool))
+        num_slots = [len(images_ND)] * self.size
+        if is_pair_N is None:
+            is_pair_G = torch.ones(sum(num_slots), dtype=torch.bool)
+        else:
+            is_pair_G = self.gather(is_pair_N.to(torch.uint8), num_slots).bool().cpu()
+        slots = PairSlots(num_slots, is_pair_G)
         return contrastive_loss(images_ND, texts_ND, logit_scale, slots, self.group, TILE_SIZE).loss_sum
 
 

@@ -249,8 +249,23 @@ class PixelReader:
         Raises:
             DataError: an image cannot be read or decoded; names it.
         """
-        all_keys = np.zeros(len(indices), np.int64) if keys is None else keys
-        return torch.stack(list(self._threads.map(self._pixels, indices.tolist(), all_keys.tolist())))
+        return torch.stack(list(self._threads.map(self._pixels, *_arguments(indices, keys))))
+
+    def read_good(self, indices: np.ndarray, keys: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
+        """Return pixels (n, 3, S, S), and (n,) bool where the image is good; bad ones are blank.
+
+        For training on images from the web, of which some are always damaged. The arguments are those of a call.
+
+        Raises:
+            DataError: no image is good; names the first.
+        """
+        found = list(self._threads.map(self._pixels_or_error, *_arguments(indices, keys)))
+        pixels = [item for item in found if isinstance(item, Tensor)]
+        if not pixels:
+            raise next(item for item in found if isinstance(item, DataError))
+        blank = torch.zeros_like(pixels[0])
+        is_good = torch.tensor([isinstance(item, Tensor) for item in found])
+        return torch.stack([item if isinstance(item, Tensor) else blank for item in found]), is_good
 
     def _pixels(self, index: int, key: int) -> Tensor:
         data = self.images.read(index)
@@ -260,3 +275,13 @@ class PixelReader:
             raise DataError(
                 f"{self.images.name(index)}: {error}; repair the image or take it out of the set"
             ) from error
+
+    def _pixels_or_error(self, index: int, key: int) -> Tensor | DataError:
+        try:
+            return self._pixels(index, key)
+        except DataError as error:
+            return error
+
+
+def _arguments(indices: np.ndarray, keys: np.ndarray | None) -> tuple[list[int], list[int]]:
+    return indices.tolist(), [0] * len(indices) if keys is None else keys.tolist()

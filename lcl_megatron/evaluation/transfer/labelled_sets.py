@@ -52,10 +52,7 @@ def open_labelled(root: Path, train_split: str, test_split: str) -> tuple[Labell
         LabelError: ``labels.csv`` is damaged.
         OSError: a tar is damaged.
     """
-    if not root.is_dir():
-        raise DataError(f"there is no data folder {root}; give the folder of the labelled images")
-    read = _layout(root, train_split)
-    train, test = read(root, train_split), read(root, test_split)
+    train, test = open_split(root, train_split), open_split(root, test_split)
     classes = tuple(sorted({*train.classes, *test.classes}, key=_class_order))
     if unknown := sorted({test.classes[label] for label in np.unique(test.labels)} - set(train.classes)):
         raise DataError(
@@ -63,6 +60,13 @@ def open_labelled(root: Path, train_split: str, test_split: str) -> tuple[Labell
             "be found: give splits of one data set"
         )
     return _renumbered(train, classes), _renumbered(test, classes)
+
+
+def open_split(root: Path, split: str) -> LabelledSet:
+    """Return one split of a data set; see ``open_labelled``."""
+    if not root.is_dir():
+        raise DataError(f"there is no data folder {root}; give the folder of the labelled images")
+    return _layout(root, split)(root, split)
 
 
 def _layout(root: Path, split: str) -> Callable[[Path, str], LabelledSet]:
