@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lcl_megatron.config.errors import require
 from lcl_megatron.evaluation.flags import Flags
+from lcl_megatron.evaluation.generation_commands import captioning, captioning_score, dialogue, dialogue_score
 from lcl_megatron.evaluation.transfer.caption_sets import open_captioned
 from lcl_megatron.evaluation.transfer.classification import ClassificationSettings, classify
 from lcl_megatron.evaluation.transfer.labelled_sets import open_labelled, open_split
@@ -137,6 +138,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "retrieval": retrieval,
     "probe": probe_command,
     "zero-shot": zero_shot_command,
+    "captioning": captioning,
+    "captioning-score": captioning_score,
+    "dialogue": dialogue,
+    "dialogue-score": dialogue_score,
     "table": table,
 }
 """Subcommands by name."""

@@ -117,6 +117,8 @@ def assemble(recipe: Recipe, device: torch.device, seed: int = 0, drop_path_rate
 def _load_language_model(source: str, seed: int) -> tuple[Any, Any]:
     """Return a causal language model in float32 and its tokenizer."""
     transformers = stock_library("transformers")
+    # Bars of every rank would run through the log of a long job.
+    stock_library("transformers.utils.logging").disable_progress_bar()
     name = source.removeprefix(RANDOM)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
@@ -127,10 +129,16 @@ def _load_language_model(source: str, seed: int) -> tuple[Any, Any]:
             model = transformers.AutoModelForCausalLM.from_pretrained(name)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise AssemblyError(
-            f"language model {source!r} cannot be loaded: {type(error).__name__}: {error}; give a folder with "
+            f"language model {source!r} cannot be loaded: {type(error).__name__}: {_first_line(error)}; "
+            "give a folder with "
             "config.json, weights and tokenizer of a causal language model, or a name on the hub (needs the network)"
         ) from error
     return model.float(), tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    """Return what libraries say before they go on for pages."""
+    return (str(error).splitlines() or [""])[0]
 
 
 def save_model(assembled: Assembled, folder: Path) -> None:
