@@ -38,8 +38,8 @@ except LibraryError as error:
     pytest.skip(str(error), allow_module_level=True)
 
 QUICK = (
-    "alignment.steps=10", "alignment.batch_size=8", "alignment.warmup_steps=2", "tuning.steps=60",
-    "tuning.batch_size=16", "tuning.lr=0.01", "tuning.warmup_steps=6", "max_length=200", "other_images=true",
+    "alignment.steps=10", "alignment.batch_size=8", "alignment.warmup_steps=2", "tuning.steps=150",
+    "tuning.batch_size=16", "tuning.lr=0.01", "tuning.warmup_steps=10", "max_length=200", "other_images=true",
 )  # fmt: skip
 
 
