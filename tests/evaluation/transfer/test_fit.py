@@ -157,7 +157,7 @@ def test_pretrained_parameters_have_their_own_learning_rate() -> None:
     before = [parameter.detach().clone() for parameter in module.parameters()]
     config = dataclasses.replace(CONFIG, pretrained_lr=1e-12, weight_decay=0.0)
     fit(module, loss_of(module), 30, config, ALONE, pretrained=module[0].parameters())
-    moved = [float((new - old).abs().max()) for new, old in zip(module.parameters(), before, strict=True)]
+    moved = [float((new.detach() - old).abs().max()) for new, old in zip(module.parameters(), before, strict=True)]
     assert max(moved[:2]) < 1e-6 < 1e-2 < min(moved[2:])
 
 
