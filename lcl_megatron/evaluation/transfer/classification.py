@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,7 +98,7 @@ def classify(
         session.say(
             f"{encoder.name} {mode}: seed {seed}, {settings.fit.steps} steps of {settings.fit.batch_size} images"
         )
-        fitted = _Fitted(spec, train, test, settings, seed, session)
+        fitted = _Fitted(spec, description, train, test, settings, seed, session)
         curves[str(seed)], hits[seed] = fitted.frozen(encoder, *sources) if sources else fitted.full()
     return TaskResult(
         task="classification",
@@ -123,6 +124,7 @@ class _Fitted:
     """One seed of one encoder."""
 
     spec: str
+    description: dict[str, Any]
     train: LabelledSet
     test: LabelledSet
     settings: ClassificationSettings
@@ -161,7 +163,7 @@ class _Fitted:
         labels = torch.from_numpy(self.train.labels[part.indices]).to(logits.device)
         return LossSum(F.cross_entropy(logits.float(), labels, reduction="sum"), len(labels))
 
-    def _fit(self, module: nn.Module, loss: PreparedLoss, mode: Mode, pretrained: object) -> Curve:
+    def _fit(self, module: nn.Module, loss: PreparedLoss, mode: Mode, pretrained: Iterable[nn.Parameter]) -> Curve:
         return fit(
             module,
             loss,
@@ -169,8 +171,8 @@ class _Fitted:
             self.settings.fit,
             self.session.replicas,
             seed=self.seed,
-            pretrained=pretrained,  # type: ignore[arg-type]
-            state_file=self.session.state_file(f"{self.spec}-{mode}", self.seed),
+            pretrained=pretrained,
+            state_file=self.session.state_file(self.description, mode, self.seed),
         )
 
     @torch.no_grad()

@@ -335,7 +335,8 @@ class _Fit:
             state = torch.load(path, map_location=self.replicas.device, weights_only=True)
             found = state["identity"]
         except Exception as error:  # torch raises almost anything for a file that is none of its own
-            raise OSError(f"{path} is no saved state of a fit ({error}); delete it to begin again") from error
+            what = type(error).__name__  # torch's own words advise to read it unsafely
+            raise OSError(f"{path} is no saved state of a fit ({what}); delete it to begin again") from error
         if found != self.identity:
             raise OSError(f"{path} belongs to a fit with other settings; delete it or choose another output folder")
         self.module.load_state_dict(state["weights"])

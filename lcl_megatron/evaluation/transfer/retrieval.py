@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,7 @@ def retrieve(
         session.say(
             f"{encoder.name} {mode}: seed {seed}, {settings.fit.steps} steps of {settings.fit.batch_size} pairs"
         )
-        fitted = _Fitted(spec, train, settings, seed, session, tokenizer)
+        fitted = _Fitted(spec, description, train, settings, seed, session, tokenizer)
         model, curves[str(seed)] = fitted.frozen(encoder) if mode == "frozen" else fitted.full()
         for found, test in zip(scores, tests, strict=True):
             found[seed] = fitted.score(model, encoder, test)
@@ -194,6 +194,7 @@ class _Fitted:
     """One seed of one encoder."""
 
     spec: str
+    description: dict[str, Any]
     train: CaptionedImages
     settings: RetrievalSettings
     seed: int
@@ -241,8 +242,8 @@ class _Fitted:
         total = self.session.replicas.contrast(image_features, text_features, scale, is_good)
         return LossSum(total, len(ids) if is_good is None else float(is_good.sum()))
 
-    def _fit(self, model: TwoTowers, loss: PreparedLoss, pretrained: Any) -> Curve:
-        mode = "frozen" if model.encoder is None else "full"
+    def _fit(self, model: TwoTowers, loss: PreparedLoss, pretrained: Iterable[nn.Parameter]) -> Curve:
+        mode: Mode = "frozen" if model.encoder is None else "full"
         return fit(
             model,
             loss,
@@ -251,7 +252,7 @@ class _Fitted:
             self.session.replicas,
             seed=self.seed,
             pretrained=pretrained,
-            state_file=self.session.state_file(f"{self.spec}-{mode}", self.seed),
+            state_file=self.session.state_file(self.description, mode, self.seed),
         )
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lcl_megatron.evaluation.transfer.report import write_results
 from lcl_megatron.evaluation.transfer.results import TaskResult
@@ -34,9 +34,10 @@ class Session:
     results: list[TaskResult] = field(default_factory=list)
     """Finished encoders."""
 
-    def state_file(self, encoder: str, seed: int) -> Path:
-        """Return where the fit of an encoder and a seed is saved, until the call ends."""
-        return self.output / "states" / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', encoder)[-100:]}-seed{seed}.pt"
+    def state_file(self, encoder: dict[str, Any], mode: Mode, seed: int) -> Path:
+        """Return where a fit is saved until the call ends; ``encoder`` is its description."""
+        name = re.sub(r"[^A-Za-z0-9.-]+", "_", str(encoder["name"]))[-60:]
+        return self.output / "states" / f"{name}-{encoder['fingerprint']}-{mode}-seed{seed}.pt"
 
     def add(self, result: TaskResult) -> None:
         """Take a finished result; all files are written anew, so that a later failure loses nothing."""
