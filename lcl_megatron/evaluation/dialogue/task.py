@@ -34,7 +34,7 @@ from lcl_megatron.evaluation.transfer.session import Mode, Session
 from lcl_megatron.evaluation.vision_language.answering import answer_prompts
 from lcl_megatron.evaluation.vision_language.assembly import Assembled, Recipe, assemble, load_model, save_model
 from lcl_megatron.evaluation.vision_language.model import Generation, Part
-from lcl_megatron.evaluation.vision_language.naming import model_name
+from lcl_megatron.evaluation.vision_language.naming import model_name, state_file
 from lcl_megatron.evaluation.vision_language.pixels import ImageFit
 from lcl_megatron.evaluation.vision_language.sequences import SequenceBuilder, TokenSequence
 from lcl_megatron.evaluation.vision_language.training import train_parts
@@ -278,6 +278,7 @@ def _train(
     stage = "alignment" if template == "plain" else "dialogue"
     config = settings.alignment if template == "plain" else settings.tuning
     name = model_name(stage, assembled.encoder.name, mode, seed)
+    description = session.replicas.from_first(assembled.encoder.describe())
     session.say(f"{name}: {config.steps} steps of {config.batch_size} of {len(data.conversations):,} conversations")
     curve = train_parts(
         assembled,
@@ -286,7 +287,7 @@ def _train(
         config,
         session.replicas,
         seed=seed,
-        state_file=session.state_file(name, seed),
+        state_file=state_file(session.output, name, description),
     )
     if settings.save_model and session.replicas.is_first:
         save_model(assembled, session.output / "models" / name)
