@@ -102,9 +102,7 @@ def dialogue(
         (alignment is None) != (aligned is None),
         "give either --alignment FILE, to do stage 1, or --aligned MODEL, to go on from it",
     )
-    require(
-        aligned is None or len(flags.encoder) == 1, "--aligned goes on with one --encoder, the one it was made with"
-    )
+    require(aligned is None or len(flags.encoder) == 1, "--aligned goes on with one --encoder, that of stage 1")
     pairs = None
     if alignment is not None:
         require(alignment_images is not None, "--alignment names images; give their folder: --alignment-images")
