@@ -112,7 +112,10 @@ def draw_results(results: Sequence[TaskResult], path: Path) -> None:
 
 
 def _label(result: TaskResult) -> str:
-    return f"{str(result.encoder['name'])[-40:]}{', ' if result.mode else ''}{result.mode}"
+    name = str(result.encoder["name"])
+    # matplotlib takes a label that begins with an underscore for none.
+    short = name if len(name) <= 40 else f"...{name[-37:]}"
+    return f"{short}, {result.mode}" if result.mode else short
 
 
 def _draw_curves(axes: Axes, results: Sequence[TaskResult]) -> None:
