@@ -24,7 +24,7 @@ from typing import Any
 
 from lcl_megatron.evaluation.dialogue.benchmarks.known import known_benchmark
 from lcl_megatron.evaluation.dialogue.question import Benchmark, BenchmarkError, BenchmarkFiles, Question
-from lcl_megatron.evaluation.transfer.image_sets import DataError, FolderImages
+from lcl_megatron.evaluation.transfer.image_sets import FolderImages
 
 KEYS = ("form", "questions", "annotations", "images", "split")
 
@@ -50,12 +50,11 @@ class QuestionImages:
         return self.files.name(index)
 
     def read(self, index: int) -> bytes:
-        """Return the encoded image of a question; raises ``DataError``."""
+        """Return the encoded image of a question that has one; raises ``DataError``."""
         data = self.questions[index].image_data
         if data is not None:
             return data
-        if self.files is None:
-            raise DataError(f"{self.name(index)}: there is no image folder; give images = ... for the benchmark")
+        assert self.files is not None, "open_benchmarks asks for a folder where questions name images"
         return self.files.read(index)
 
     @property

@@ -362,6 +362,10 @@ def test_no_question_and_wrong_files(tmp_path: Path) -> None:
     write(tmp_path / "pid_splits.json", {"test": []})
     with pytest.raises(BenchmarkError, match="no questions in split test"):
         read("scienceqa", tmp_path / "problems.json")
+    write(tmp_path / "problems.json", {"3": {"question": "?", "choices": ["a", "b"], "answer": 2}})
+    write(tmp_path / "pid_splits.json", {"test": ["3"]})
+    with pytest.raises(BenchmarkError, match="problem 3 has answer 2 of 2 choices; fetch it again"):
+        read("scienceqa", tmp_path / "problems.json")
     with pytest.raises(BenchmarkError, match="is a folder; name the file in it"):
         read("gqa", tmp_path)
     (tmp_path / "gqa.json").write_bytes(b"\xff{}")

@@ -71,6 +71,10 @@ def read_scienceqa(files: BenchmarkFiles) -> list[Question]:
             text = get_text(problem, "question", identity)
             options = [str(option) for option in get_field(problem, "choices", list, identity)]
             answer = get_field(problem, "answer", int, identity)
+        if not 0 <= answer < len(options) <= len(LETTERS):
+            raise BenchmarkError(
+                f"{files.questions}: problem {identity} has answer {answer} of {len(options)} choices; fetch it again"
+            )
         image = f"{identity}/{problem['image']}" if problem.get("image") else ""
         hint = str(problem.get("hint") or "")
         questions.append(
