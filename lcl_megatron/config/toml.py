@@ -87,7 +87,7 @@ def read_sections(text: str, source: str) -> SectionValues:
             if name not in known:
                 raise ConfigError(f"{source}: {_unknown('field', f'{section}.{name}', _all_fields())}")
         values[section] = {
-            name: _convert(value, known[name], f"{source}: {section}.{name}") for name, value in table.items()
+            name: convert_value(value, known[name], f"{source}: {section}.{name}") for name, value in table.items()
         }
     return values
 
@@ -108,8 +108,17 @@ def _unknown(kind: str, name: str, known: Mapping[str, Any] | Sequence[str]) -> 
     return f"unknown {kind} {name!r}; known: {', '.join(shown)}"
 
 
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    """Return a TOML value as the field's type; ``where`` starts the error if it does not fit."""
+def convert_value(value: Any, hint: Any, where: str) -> Any:
+    """Return a TOML value as the field's type.
+
+    Args:
+        value: what ``tomllib`` read.
+        hint: the field's annotation: a scalar, ``Literal``, tuple of these, or any of them or None.
+        where: starts the error.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Literal:
         if value in arguments and not isinstance(value, bool):
@@ -119,7 +128,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         if value == NONE:
             return None
         (inner,) = (argument for argument in arguments if argument is not type(None))
-        return _convert(value, inner, where)
+        return convert_value(value, inner, where)
     if origin is tuple:
         return _convert_tuple(value, arguments, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -142,7 +151,9 @@ def _convert_tuple(value: Any, arguments: tuple[Any, ...], where: str) -> tuple[
         hints = arguments
     else:
         raise ConfigError(f"{where} = {value!r} has {len(value)} entries; expected {len(arguments)}")
-    return tuple(_convert(item, hint, f"{where}[{i}]") for i, (item, hint) in enumerate(zip(value, hints, strict=True)))
+    return tuple(
+        convert_value(item, hint, f"{where}[{i}]") for i, (item, hint) in enumerate(zip(value, hints, strict=True))
+    )
 
 
 def _type_name(hint: type) -> str:

@@ -57,7 +57,7 @@ def frozen_encoders(checkpoint: Path) -> Iterator[tuple[FrozenEncoder, FrozenEnc
     found = native.find_latest(checkpoint)
     if found is None:
         raise native.CheckpointError(f"no complete checkpoint (step-NNNNNNNN) in {checkpoint}")
-    config = _single_process(native.read_config(found))
+    config = single_process(native.read_config(found))
     groups = engines.start(config)
     try:
         trained, untrained = (engines.build_engine(config, groups) for _ in range(2))
@@ -98,7 +98,7 @@ def probe_checkpoint(checkpoint: Path, labels: Path, image_root: Path, splits: t
     return reports
 
 
-def _single_process(config: RunConfig) -> RunConfig:
+def single_process(config: RunConfig) -> RunConfig:
     """Return the configuration for one process in float32; the vision tower's own section stays as it was."""
     return dataclasses.replace(
         config,

@@ -1,0 +1,364 @@
+"""Multi-modal dialogue in two stages, as LLaVA-1.5 does it and as LCL's appendix A.2 follows it.
+
+Alignment: pairs of an image and a caption train the connector alone. Tuning: conversations train connector and
+language model ("frozen transfer"), or the vision encoder along with them ("full transfer"). Then benchmarks are
+answered, and the answers written in the form that each of them takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lcl_megatron.config.errors import require
+from lcl_megatron.evaluation.dialogue.benchmark_list import BenchmarkRun
+from lcl_megatron.evaluation.dialogue.conversations import (
+    Conversation,
+    Template,
+    conversation_pieces,
+    described,
+    question_pieces,
+    read_conversations,
+)
+from lcl_megatron.evaluation.dialogue.question import Score
+from lcl_megatron.evaluation.transfer.fit import Curve, FitConfig
+from lcl_megatron.evaluation.transfer.image_sets import FolderImages, ImageSet
+from lcl_megatron.evaluation.transfer.results import MetricSummary, TaskResult, UnitScores, summarize, versions
+from lcl_megatron.evaluation.transfer.session import Mode, Session
+from lcl_megatron.evaluation.vision_language.answering import answer_prompts
+from lcl_megatron.evaluation.vision_language.assembly import Assembled, Recipe, assemble, load_model, save_model
+from lcl_megatron.evaluation.vision_language.model import Generation, Part
+from lcl_megatron.evaluation.vision_language.naming import model_name, state_file
+from lcl_megatron.evaluation.vision_language.pixels import ImageFit
+from lcl_megatron.evaluation.vision_language.sequences import SequenceBuilder, TokenSequence
+from lcl_megatron.evaluation.vision_language.training import train_parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class DialogueSettings:
+    """Settings of the task."""
+
+    alignment: FitConfig
+    """Training of the connector on image-caption pairs (stage 1)."""
+    tuning: FitConfig
+    """Training on conversations (stage 2)."""
+    drop_path_rate: float = 0.0
+    """Full transfer, tuning: probability of dropping a branch of the encoder's last layer."""
+    connector_layers: int = 2
+    """Linear layers of the connector."""
+    image_fit: ImageFit = "pad"
+    """How images become square."""
+    max_length: int = 2048
+    """Positions of a conversation, images included."""
+    num_beams: int = 1
+    """Answers that the search follows at the same time; 1 = greedy."""
+    eval_batch_size: int = 32
+    """Questions that a rank answers at the same time."""
+    other_images: bool = False
+    """Answer every benchmark a second time with the image of another question, which tells what is known unseen."""
+    save_model: bool = True
+    """Whether the trained models are written to OUTPUT/models."""
+
+
+@dataclass(frozen=True)
+class ConversationTexts:
+    """Conversations as training texts."""
+
+    conversations: Sequence[Conversation]
+    """N conversations."""
+    images: ImageSet
+    """Their images, conversation after conversation."""
+    first: np.ndarray
+    """(N,) int64: number of the first image of a conversation."""
+    template: Template
+    """How they become text."""
+    builder: SequenceBuilder
+    """Makes tokens."""
+
+    def __len__(self) -> int:
+        """Return N."""
+        return len(self.conversations)
+
+    def image_numbers(self, index: int) -> tuple[int, ...]:
+        """Return the images of a conversation."""
+        first = int(self.first[index])
+        return tuple(range(first, first + len(self.conversations[index].images)))
+
+    def sequence(self, index: int) -> TokenSequence:
+        """Return a conversation's tokens; the answers are learnt."""
+        conversation = self.conversations[index]
+        return self.builder.build(conversation_pieces(conversation, self.template), len(conversation.images))
+
+
+@dataclass(frozen=True)
+class ConversationSet:
+    """Conversations of a file, and their images."""
+
+    source: str
+    """The file, for results."""
+    conversations: list[Conversation]
+    """At least one."""
+    images: ImageSet
+    """Their images, conversation after conversation."""
+
+    def texts(self, template: Template, builder: SequenceBuilder) -> ConversationTexts:
+        """Return the conversations as training texts."""
+        counts = [len(conversation.images) for conversation in self.conversations]
+        first = np.cumsum([0, *counts[:-1]])
+        return ConversationTexts(self.conversations, self.images, first, template, builder)
+
+
+def open_conversations(path: Path, image_root: Path, template: Template) -> ConversationSet:
+    """Return the conversations of a file; all of their images must be there.
+
+    Args:
+        path: see ``read_conversations``.
+        image_root: folder of the images.
+        template: what they will be told as; all of them must fit it.
+
+    Raises:
+        ConversationError: the file is missing or damaged, or a conversation does not fit the template.
+        DataError: images are missing.
+    """
+    conversations = read_conversations(path)
+    for conversation in conversations:
+        conversation_pieces(conversation, template)
+    images = FolderImages(image_root, [name for conversation in conversations for name in conversation.images])
+    _ = images.fingerprint  # names what is missing now, and not after hours of training
+    return ConversationSet(path.name, conversations, images)
+
+
+@dataclass(frozen=True)
+class DialogueData:
+    """What models are trained and scored on."""
+
+    alignment: ConversationSet | None
+    """Pairs for stage 1; None = stage 1 was done before."""
+    tuning: ConversationSet
+    """Conversations for stage 2."""
+    benchmarks: Sequence[BenchmarkRun]
+    """What is asked."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return names and sizes, for results."""
+        alignment = {} if self.alignment is None else described(self.alignment.conversations)
+        return {
+            "train": " + ".join(part.source for part in (self.alignment, self.tuning) if part is not None),
+            "alignment": alignment,
+            "tuning": described(self.tuning.conversations),
+        }
+
+
+def converse(
+    spec: str,
+    language_model: str,
+    data: DialogueData,
+    settings: DialogueSettings,
+    mode: Mode,
+    seeds: Sequence[int],
+    session: Session,
+    aligned: Path | None = None,
+) -> list[TaskResult]:
+    """Train a model on one encoder for each seed, and put the benchmarks to it; one result per benchmark.
+
+    Args:
+        spec: which encoder, see ``load_encoder``.
+        language_model: which language model, see ``Recipe``.
+        data: conversations and benchmarks.
+        settings: of the task.
+        mode: frozen or full.
+        seeds: of connector and order; one model each.
+        session: ranks and folders.
+        aligned: model of stage 1 that an earlier call has saved; its encoder and language model are those of the
+            recipe in it.
+
+    Raises:
+        EncoderError, AssemblyError, DataError, ConversationError, DivergenceError: see there.
+    """
+    begin = time.monotonic()
+    curves: dict[str, Curve] = {}
+    scores: dict[str, dict[int, Score]] = {run.name: {} for run in data.benchmarks}
+    recipe = Recipe(spec, language_model, settings.connector_layers, settings.max_length, settings.image_fit)
+    drop_path_rate = settings.drop_path_rate if mode == "full" else 0.0
+    for seed in seeds:
+        if aligned is None:
+            assembled = assemble(recipe, session.replicas.device, seed, drop_path_rate)
+        else:
+            assembled = load_model(
+                aligned,
+                session.replicas.device,
+                drop_path_rate,
+                lambda saved: dataclasses.replace(saved, max_length=settings.max_length, image_fit=settings.image_fit),
+            )
+            require(
+                (assembled.recipe.encoder, assembled.recipe.language_model) == (spec, language_model),
+                f"{aligned} was aligned with encoder {assembled.recipe.encoder!r} and language model "
+                f"{assembled.recipe.language_model!r}; give the same ones",
+            )
+        if seed == seeds[0]:
+            description = session.replicas.from_first(assembled.encoder.describe())
+        if data.alignment is not None:
+            curves[f"{seed} alignment"] = _train(
+                assembled, data.alignment, "plain", ("connector",), settings, mode, seed, session
+            )
+        parts: tuple[Part, ...] = ("connector", "language_model", *(("encoder",) if mode == "full" else ()))
+        curves[str(seed)] = _train(assembled, data.tuning, "vicuna_v1", parts, settings, mode, seed, session)
+        name = model_name("dialogue", assembled.encoder.name, mode, seed)
+        for run in data.benchmarks:
+            scores[run.name][seed] = _ask(assembled, run, settings, session, name)
+    return [
+        TaskResult(
+            task="dialogue",
+            encoder=description,
+            mode=mode,
+            data=data.describe() | {"test": run.name, "test_questions": len(run.questions)},
+            settings=dataclasses.asdict(settings) | {"language_model": language_model},
+            metrics=_metrics(scores[run.name]),
+            curves=curves,
+            versions=versions(),
+            seconds=time.monotonic() - begin,
+        )
+        for run in data.benchmarks
+    ]
+
+
+def score_model(
+    folder: Path, benchmarks: Sequence[BenchmarkRun], settings: DialogueSettings, session: Session
+) -> list[TaskResult]:
+    """Put benchmarks to a model that an earlier call has saved; one result per benchmark.
+
+    Args:
+        folder: of the model.
+        benchmarks: what is asked.
+        settings: what concerns generation is used.
+        session: ranks and folders.
+
+    Raises:
+        AssemblyError, EncoderError, DataError: see there.
+    """
+    assembled = load_model(folder, session.replicas.device)
+    description = session.replicas.from_first(assembled.encoder.describe())
+    results = []
+    for run in benchmarks:
+        begin = time.monotonic()
+        score = _ask(assembled, run, settings, session, folder.name)
+        results.append(
+            TaskResult(
+                task="dialogue",
+                encoder=description | {"name": folder.name},
+                mode="",
+                data={"test": run.name, "test_questions": len(run.questions)},
+                settings=dataclasses.asdict(settings) | {"language_model": assembled.recipe.language_model},
+                metrics=_metrics({0: score}),
+                curves={},
+                versions=versions(),
+                seconds=time.monotonic() - begin,
+            )
+        )
+    return results
+
+
+def _train(
+    assembled: Assembled,
+    data: ConversationSet,
+    template: Template,
+    parts: tuple[Part, ...],
+    settings: DialogueSettings,
+    mode: Mode,
+    seed: int,
+    session: Session,
+) -> Curve:
+    """Train one stage and save the model."""
+    stage = "alignment" if template == "plain" else "dialogue"
+    config = settings.alignment if template == "plain" else settings.tuning
+    name = model_name(stage, assembled.encoder.name, mode, seed)
+    description = session.replicas.from_first(assembled.encoder.describe())
+    session.say(f"{name}: {config.steps} steps of {config.batch_size} of {len(data.conversations):,} conversations")
+    curve = train_parts(
+        assembled,
+        parts,
+        data.texts(template, assembled.builder),
+        config,
+        session.replicas,
+        seed=seed,
+        state_file=state_file(session.output, name, description),
+    )
+    if settings.save_model and session.replicas.is_first:
+        save_model(assembled, session.output / "models" / name)
+    session.replicas.barrier()
+    return curve
+
+
+def _ask(assembled: Assembled, run: BenchmarkRun, settings: DialogueSettings, session: Session, name: str) -> Score:
+    """Answer a benchmark, write the answer files, and return its scores."""
+    answers = _answers(assembled, run, settings, session, np.arange(len(run.questions)))
+    if session.replicas.is_first:
+        folder = session.output / "answers" / name / run.name
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in run.benchmark.write(run.questions, answers, folder):
+            session.say(f"wrote {path}")
+    score = run.benchmark.score(run.questions, answers)
+    if settings.other_images and score:
+        blind = _answers(assembled, run, settings, session, other_images(run))
+        measures = run.benchmark.score(run.questions, blind)
+        main = next(iter(score))
+        score |= {f"{main}, other images": measures[main]}
+    return score
+
+
+def other_images(run: BenchmarkRun) -> np.ndarray:
+    """Return for every question the number of another question with an image, at random; its own without an image."""
+    numbers = np.arange(len(run.questions))
+    seeing = np.array([index for index in numbers if run.questions[index].has_image], dtype=np.int64)
+    # Each takes the image of the next one in a random circle, so that nobody keeps an image.
+    circle = np.random.default_rng(0).permutation(seeing)
+    numbers[circle] = np.roll(circle, 1)
+    return numbers
+
+
+def _answers(
+    assembled: Assembled, run: BenchmarkRun, settings: DialogueSettings, session: Session, images: np.ndarray
+) -> list[str]:
+    prompts = [
+        (
+            assembled.builder.build(question_pieces(question.text, question.has_image), int(question.has_image)),
+            (int(images[index]),) if question.has_image else (),
+        )
+        for index, question in enumerate(run.questions)
+    ]
+    return answer_prompts(
+        assembled,
+        prompts,
+        run.images,
+        Generation(run.benchmark.max_new_tokens, settings.num_beams),
+        session.replicas,
+        batch_size=settings.eval_batch_size,
+        bf16=settings.tuning.precision == "bf16",
+    )
+
+
+def _metrics(by_seed: Mapping[int, Score]) -> tuple[MetricSummary, ...]:
+    """Return a summary of every measure; nothing where only a server can tell."""
+    first = next(iter(by_seed.values()))
+    return tuple(_summary(name, {seed: score[name] for seed, score in by_seed.items()}) for name in first)
+
+
+def _summary(name: str, measures: Mapping[int, Any]) -> MetricSummary:
+    values = {seed: measure.value for seed, measure in measures.items()}
+    percent = next(iter(measures.values())).percent
+    if any(measure.sums is None for measure in measures.values()):
+        return summarize(name, values, percent=percent)
+    units = [UnitScores(measure.sums, measure.counts) for measure in measures.values()]
+    return summarize(
+        name,
+        values,
+        lambda drawn: float(np.mean([of_seed.resampled(drawn) for of_seed in units])),
+        len(units[0].sums),
+        percent=percent,
+    )

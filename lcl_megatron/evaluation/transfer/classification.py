@@ -1,0 +1,207 @@
+"""Closed-set classification: attention pool, layer norm and linear layer on patch features (LCL, appendix A.2)."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lcl_megatron.evaluation.encoders.encoder import ImageEncoder
+from lcl_megatron.evaluation.encoders.load import load_encoder
+from lcl_megatron.evaluation.transfer.augmentation import CropAndFlip
+from lcl_megatron.evaluation.transfer.fit import Curve, Draw, FitConfig, LossSum, PreparedLoss, fit
+from lcl_megatron.evaluation.transfer.frozen import FeatureSource, LiveFeatures, open_features
+from lcl_megatron.evaluation.transfer.heads import Classifier
+from lcl_megatron.evaluation.transfer.image_sets import PixelReader
+from lcl_megatron.evaluation.transfer.labelled_sets import LabelledSet
+from lcl_megatron.evaluation.transfer.results import MetricSummary, TaskResult, UnitScores, summarize_units, versions
+from lcl_megatron.evaluation.transfer.session import Mode, Session
+
+RANKS = (1, 5)
+"""Top-1 and top-5."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationSettings:
+    """Settings of the task; what concerns training images holds in full transfer only."""
+
+    fit: FitConfig
+    """Training."""
+    drop_path_rate: float = 0.0
+    """Full transfer: probability of dropping a branch of the encoder's last layer, linear from 0 in the first."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Full transfer: area of the random crop. Frozen transfer sees the centre, whose features can be stored."""
+    flip: bool = True
+    """Full transfer: mirror half of the images."""
+    eval_batch_size: int = 64
+    """Images that are scored at the same time by a rank."""
+    max_cache_gib: float = 200.0
+    """Frozen transfer: features that take more are not stored but computed in every epoch."""
+
+
+class EncoderAndHead(nn.Module):
+    """An encoder that is trained along, and a head on its patch features."""
+
+    def __init__(self, encoder: ImageEncoder, head: nn.Module) -> None:
+        """Register both."""
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return what the head makes of images (N, 3, S, S) uint8."""
+        output: Tensor = self.head(self.encoder(pixels))
+        return output
+
+
+def classify(
+    spec: str,
+    train: LabelledSet,
+    test: LabelledSet,
+    settings: ClassificationSettings,
+    mode: Mode,
+    seeds: Sequence[int],
+    session: Session,
+) -> TaskResult:
+    """Return the accuracies of an encoder.
+
+    Args:
+        spec: which encoder, see ``load_encoder``.
+        train: images to fit on.
+        test: images to score.
+        settings: of the task.
+        mode: frozen: only the head is trained; full: the encoder too.
+        seeds: of head, order and augmentation; one fit each.
+        session: ranks and folders.
+
+    Raises:
+        EncoderError, DataError, DivergenceError, FeatureError: see there.
+    """
+    begin = time.monotonic()
+    encoder = load_encoder(spec).to(session.replicas.device).requires_grad_(False)
+    description = session.replicas.from_first(encoder.describe())
+    sources = None
+    if mode == "frozen":
+        precision = settings.fit.precision
+        sources = tuple(
+            open_features(encoder, split.images, session, precision, settings.max_cache_gib) for split in (train, test)
+        )
+    curves: dict[str, Curve] = {}
+    hits: dict[int, np.ndarray] = {}
+    for seed in seeds:
+        session.say(
+            f"{encoder.name} {mode}: seed {seed}, {settings.fit.steps} steps of {settings.fit.batch_size} images"
+        )
+        fitted = _Fitted(spec, description, train, test, settings, seed, session)
+        curves[str(seed)], hits[seed] = fitted.frozen(encoder, *sources) if sources else fitted.full()
+    return TaskResult(
+        task="classification",
+        encoder=description,
+        mode=mode,
+        data={
+            "train": train.source,
+            "test": test.source,
+            "train_images": len(train.images),
+            "test_images": len(test.images),
+            "classes": len(train.classes),
+        },
+        settings=dataclasses.asdict(settings),
+        metrics=_metrics(hits, test.labels, len(train.classes)),
+        curves=curves,
+        versions=versions(),
+        seconds=time.monotonic() - begin,
+    )
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """One seed of one encoder."""
+
+    spec: str
+    description: dict[str, Any]
+    train: LabelledSet
+    test: LabelledSet
+    settings: ClassificationSettings
+    seed: int
+    session: Session
+
+    def frozen(self, encoder: ImageEncoder, train: FeatureSource, test: FeatureSource) -> tuple[Curve, np.ndarray]:
+        """Fit the head on fixed features; return the curve and the hits on the test images."""
+        head = self._new_head(encoder)
+        loss = PreparedLoss(
+            lambda part: train.read(part.indices), lambda part, read: self._loss(head(train.features(read)), part)
+        )
+        curve = self._fit(head, loss, "frozen", ())
+        return curve, self._score(lambda indices: head(test.features(test.read(indices))))
+
+    def full(self) -> tuple[Curve, np.ndarray]:
+        """Fit encoder and head on augmented images; return the curve and the hits on the test images."""
+        encoder = load_encoder(self.spec, self.settings.drop_path_rate)
+        model = EncoderAndHead(encoder, self._new_head(encoder)).to(self.session.replicas.device)
+        augmentation = CropAndFlip(encoder.image_size, self.seed, self.settings.crop_scale, self.settings.flip)
+        reader, device = PixelReader(self.train.images, augmentation), self.session.replicas.device
+        loss = PreparedLoss(
+            lambda part: reader(part.indices, part.keys),
+            lambda part, pixels: self._loss(model(pixels.to(device)), part),
+        )
+        curve = self._fit(model, loss, "full", encoder.parameters())
+        live = PixelReader(self.test.images, lambda data, _key: encoder.preprocessing(data))
+        test = LiveFeatures(encoder, live, self.settings.fit.precision)
+        return curve, self._score(lambda indices: model.head(test.features(test.read(indices))))
+
+    def _new_head(self, encoder: ImageEncoder) -> Classifier:
+        torch.manual_seed(self.seed)
+        return Classifier(encoder.width, len(self.train.classes)).to(self.session.replicas.device)
+
+    def _loss(self, logits: Tensor, part: Draw) -> LossSum:
+        labels = torch.from_numpy(self.train.labels[part.indices]).to(logits.device)
+        return LossSum(F.cross_entropy(logits.float(), labels, reduction="sum"), len(labels))
+
+    def _fit(self, module: nn.Module, loss: PreparedLoss, mode: Mode, pretrained: Iterable[nn.Parameter]) -> Curve:
+        return fit(
+            module,
+            loss,
+            len(self.train.images),
+            self.settings.fit,
+            self.session.replicas,
+            seed=self.seed,
+            pretrained=pretrained,
+            state_file=self.session.state_file(self.description, mode, self.seed),
+        )
+
+    @torch.no_grad()
+    def _score(self, logits_of: Callable[[np.ndarray], Tensor]) -> np.ndarray:
+        """Return (N, len(RANKS)) whether an image's class is among the first of its logits; equal on all ranks."""
+        replicas, size = self.session.replicas, self.settings.eval_batch_size
+        share = replicas.share(len(self.test.images))
+        hits = [torch.zeros(0, len(RANKS), dtype=torch.int64, device=replicas.device)]
+        for begin in range(share.start, share.stop, size):
+            indices = np.arange(begin, min(begin + size, share.stop))
+            bf16 = self.settings.fit.precision == "bf16"
+            with torch.autocast(replicas.device.type, torch.bfloat16, enabled=bf16):
+                logits = logits_of(indices).float()
+            labels = torch.from_numpy(self.test.labels[indices]).to(logits.device)
+            best = logits.topk(min(max(RANKS), logits.shape[1]), dim=1).indices == labels[:, None]
+            hits.append(torch.stack([best[:, :rank].any(dim=1) for rank in RANKS], dim=1).long())
+        return replicas.gather_shares(torch.cat(hits), len(self.test.images)).cpu().numpy()
+
+
+def _metrics(hits: dict[int, np.ndarray], labels: np.ndarray, num_classes: int) -> tuple[MetricSummary, ...]:
+    """Return top-1, and top-5 where there are more than five classes."""
+    frequencies = np.sort(np.bincount(labels))[::-1] / len(labels)
+    ones = np.ones(len(labels), np.int64)
+    return tuple(
+        summarize_units(
+            f"top-{rank}",
+            {seed: UnitScores(found[:, column], ones) for seed, found in hits.items()},
+            chance=float(frequencies[:rank].sum()),
+        )
+        for column, rank in enumerate(RANKS)
+        if rank < num_classes
+    )

@@ -1,0 +1,72 @@
+"""What all tasks of one call share: ranks, folders, seeds, and how results are collected."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lcl_megatron.evaluation.transfer.report import write_results
+from lcl_megatron.evaluation.transfer.results import TaskResult
+from lcl_megatron.parallel.replicas import Replicas, replicas_of_launcher
+
+Mode = Literal["frozen", "full"]
+"""Whether the encoder stays as it is or is trained along."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """One call of a transfer task."""
+
+    replicas: Replicas
+    """The processes."""
+    output: Path
+    """Folder of the results."""
+    cache: Path
+    """Folder of frozen features; may be shared by many calls."""
+    say: Callable[[str], None]
+    """Prints a line on the first rank."""
+    results: list[TaskResult] = field(default_factory=list)
+    """Finished encoders."""
+
+    def state_file(self, encoder: dict[str, Any], mode: Mode, seed: int) -> Path:
+        """Return where a fit is saved until the call ends; ``encoder`` is its description."""
+        name = re.sub(r"[^A-Za-z0-9.-]+", "_", str(encoder["name"]))[-60:]
+        return self.output / "states" / f"{name}-{encoder['fingerprint']}-{mode}-seed{seed}.pt"
+
+    def add(self, result: TaskResult) -> None:
+        """Take a finished result; all files are written anew, so that a later failure loses nothing."""
+        self.results.append(result)
+        if self.replicas.is_first:
+            write_results(self.results, self.output)
+        for metric in result.metrics:
+            unit = "%" if metric.percent else ""
+            value = 100 * metric.mean if metric.percent else metric.mean
+            self.say(f"{result.encoder['name']} {result.mode}: {metric.name} {value:.2f}{unit}")
+
+
+@contextmanager
+def open_session(output: Path, cache: Path | None, say: Callable[[str], None] = print) -> Iterator[Session]:
+    """Yield a session; saved states are deleted when it ends without an error.
+
+    Args:
+        output: folder of the results, made if it is missing.
+        cache: folder of frozen features; None = ``output/features``.
+        say: prints a line.
+    """
+    with replicas_of_launcher() as replicas:
+        begin = time.monotonic()
+        quiet: Callable[[str], None] = lambda _line: None  # noqa: E731
+        session = Session(replicas, output, cache or output / "features", say if replicas.is_first else quiet)
+        if replicas.is_first:
+            output.mkdir(parents=True, exist_ok=True)
+        yield session
+        replicas.barrier()
+        if replicas.is_first:
+            shutil.rmtree(output / "states", ignore_errors=True)
+        session.say(f"wrote {output}/results.json, results.md and results.png in {time.monotonic() - begin:.0f} s")

@@ -1,0 +1,121 @@
+"""Zero-shot classification by what pre-training contrasted: pooled image latents and text features at ``<BoI>``.
+
+A class is the mean of the unit features of its prompts; an image belongs to the class whose feature is most similar.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lcl_megatron.evaluation.transfer.image_sets import DataError, PixelReader
+from lcl_megatron.evaluation.transfer.labelled_sets import LabelledSet
+from lcl_megatron.evaluation.transfer.results import TaskResult, UnitScores, summarize_units, versions
+
+BATCH_SIZE = 64
+"""Images that are encoded at the same time."""
+RANKS = (1, 5)
+"""Top-1 and top-5."""
+TEMPLATES = ("a photo of a {}.", "an image of a {}.", "a picture of the {}.", "here is a {}.")
+"""Prompts of a class, by default."""
+
+
+class TextImageModel(Protocol):
+    """A model with a common space of images and of the texts before them."""
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images it reads, in pixels."""
+        ...
+
+    def preprocess(self, data: bytes) -> Tensor:
+        """Return (3, S, S) uint8 of an encoded image; raises ``ImageError``."""
+        ...
+
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        """Return (N, D) features of pixels (N, 3, S, S) uint8."""
+        ...
+
+    def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Return (N, D) features of texts, at the ``<BoI>`` that follows each."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Return what results record of it; ``name`` at least."""
+        ...
+
+
+def read_class_names(file: Path, num_classes: int) -> tuple[str, ...]:
+    """Return names from a text file, one class a line in the order of the classes.
+
+    Raises:
+        DataError: there is no such file, or it has not one name for each class.
+    """
+    try:
+        names = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+    except FileNotFoundError:
+        raise DataError(f"there is no file of class names {file}; write one name a line") from None
+    if len(names) != num_classes:
+        raise DataError(f"{file} has {len(names)} names for {num_classes} classes; write one a line, in their order")
+    return names
+
+
+@torch.no_grad()
+def zero_shot(model: TextImageModel, test: LabelledSet, names: Sequence[str], templates: Sequence[str]) -> TaskResult:
+    """Return the accuracies of a model that is trained on nothing more.
+
+    Args:
+        model: in evaluation mode.
+        test: images to score.
+        names: what each class of ``test`` is called in prompts.
+        templates: prompts with ``{}`` for the name.
+
+    Raises:
+        DataError: an image is missing or damaged, or a template has no place for the name.
+    """
+    begin = time.monotonic()
+    if not templates or any("{}" not in template for template in templates):
+        raise DataError(f"templates {list(templates)}: each needs {{}} where the name of the class stands")
+    classes = torch.stack(
+        [
+            F.normalize(model.embed_prompts([text.replace("{}", name) for text in templates]).float(), dim=1).mean(
+                dim=0
+            )
+            for name in names
+        ]
+    )
+    classes = F.normalize(classes, dim=1)
+    reader = PixelReader(test.images, lambda data, _key: model.preprocess(data))
+    hits = []
+    for first in range(0, len(test.images), BATCH_SIZE):
+        indices = np.arange(first, min(first + BATCH_SIZE, len(test.images)))
+        scores = F.normalize(model.embed_images(reader(indices)).float(), dim=1) @ classes.T
+        labels = torch.from_numpy(test.labels[indices]).to(scores.device)
+        best = scores.topk(min(max(RANKS), len(names)), dim=1).indices == labels[:, None]
+        hits.append(torch.stack([best[:, :rank].any(dim=1) for rank in RANKS], dim=1).cpu())
+    found, ones = torch.cat(hits).long().numpy(), np.ones(len(test.images), np.int64)
+    frequencies = np.sort(np.bincount(test.labels))[::-1] / len(test.labels)
+    return TaskResult(
+        task="zero-shot",
+        encoder=model.describe(),
+        mode="",
+        data={"test": test.source, "test_images": len(test.images), "classes": list(names)},
+        settings={"templates": list(templates)},
+        metrics=tuple(
+            summarize_units(
+                f"top-{rank}", {0: UnitScores(found[:, column], ones)}, chance=float(frequencies[:rank].sum())
+            )
+            for column, rank in enumerate(RANKS)
+            if rank < len(names)
+        ),
+        curves={},
+        versions=versions(),
+        seconds=time.monotonic() - begin,
+    )

@@ -1,0 +1,1 @@
+"""A vision encoder, an MLP connector and a causal language model that reads images among its tokens."""

@@ -1,0 +1,127 @@
+"""Oracle: the same two images in each of the forms that are in use, written by hand; genuine files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lcl_megatron.evaluation.captioning.annotations import CaptionedImage, read_caption_test_set
+from lcl_megatron.evaluation.captioning.predictions import read_predictions, write_predictions
+from lcl_megatron.evaluation.transfer.image_sets import DataError
+
+IMAGES = [
+    CaptionedImage(7, "val2014/COCO_val2014_000000000007.jpg", ("A cat.", "One cat")),
+    CaptionedImage(12, "val2014/COCO_val2014_000000000012.jpg", ("A dog.",)),
+]
+
+
+def karpathy() -> dict[str, Any]:
+    def entry(image: CaptionedImage, split: str) -> dict[str, Any]:
+        folder, name = image.name.split("/")
+        sentences = [{"raw": caption, "tokens": []} for caption in image.captions]
+        return {"filepath": folder, "filename": name, "cocoid": image.image_id, "split": split, "sentences": sentences}
+
+    other = CaptionedImage(1, "train2014/COCO_train2014_000000000001.jpg", ("x",))
+    return {"dataset": "coco", "images": [entry(IMAGES[0], "test"), entry(other, "train"), entry(IMAGES[1], "test")]}
+
+
+def listed(with_ids: bool) -> list[dict[str, Any]]:
+    ids = [{"image_id": image.image_id} if with_ids else {} for image in IMAGES]
+    return [
+        {"image": image.name, "caption": list(image.captions), **identity}
+        for image, identity in zip(IMAGES, ids, strict=True)
+    ]
+
+
+def annotated() -> dict[str, Any]:
+    return {
+        "images": [{"id": image.image_id, "file_name": image.name} for image in IMAGES],
+        "annotations": [
+            {"id": number, "image_id": image.image_id, "caption": caption}
+            for image in reversed(IMAGES)
+            for number, caption in enumerate(image.captions)
+        ],
+    }
+
+
+def write(tmp_path: Path, content: Any) -> Path:
+    path = tmp_path / "captions.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("content", [karpathy(), listed(True), listed(False), annotated()])
+def test_all_forms_say_the_same(tmp_path: Path, content: Any) -> None:
+    assert read_caption_test_set(write(tmp_path, content)) == IMAGES
+
+
+def test_nocaps(tmp_path: Path) -> None:
+    content = annotated()
+    for image, domain in zip(content["images"], ("near-domain", "out-domain"), strict=True):
+        image |= {"domain": domain, "open_images_id": "0013ea2087020901", "coco_url": "https://example.org/7.jpg"}
+    images = read_caption_test_set(write(tmp_path, content))
+    assert [image.domain for image in images] == ["near-domain", "out-domain"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[", "captions.json is no JSON file"),
+        ("5", "wrong form: int; expected COCO annotations, or a list of images"),
+        ([], "has no image of split 'test'; give another split or file"),
+        ([3], "entry 0 is int; expected an object"),
+        ([{"image": "a.jpg", "caption": ["x"]}], "entry 0 has no image_id, and a.jpg does not end in a number"),
+        ([{"image": "a1.jpg", "caption": []}], "no caption: entry 0 has 0 captions in 0 entries"),
+        ([{"image": "a1.jpg", "caption": ["x", " "]}], "entry 0 has 1 captions in 2 entries"),
+        ([{"image": "1.jpg", "caption": "x"}, {"image": "b/1.jpg", "caption": "y"}], "image 1 comes twice"),
+        ({"images": [{"id": 1, "file_name": "a"}], "annotations": []}, r"images\[0\] has 0 captions"),
+        ({"images": [3], "annotations": []}, r"images\[0\] is int"),
+        ({"images": [], "annotations": [3]}, r"annotations\[0\] is int"),
+        ({"images": [], "annotations": [{"image_id": 4, "caption": "x"}]}, "captions of image 4, which is not in"),
+        ({"images": [{"filename": "a", "split": "test", "sentences": ["x"]}]}, r"images\[0\] has no imgid"),
+    ],
+)  # fmt: skip
+def test_damaged_files_are_named(tmp_path: Path, content: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_caption_test_set(write(tmp_path, content))
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is no file .*captions.json; give the annotation file"):
+        read_caption_test_set(tmp_path / "captions.json")
+
+
+def test_predictions_are_written_as_coco_results_and_read_in_any_order(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "predictions.json"
+    write_predictions(IMAGES, ["a cat", "a dog"], path)
+    records = json.loads(path.read_text())
+    assert records == [{"image_id": 7, "caption": "a cat"}, {"image_id": 12, "caption": "a dog"}]
+    path.write_text(json.dumps(records[::-1]))
+    assert read_predictions(path, IMAGES) == ["a cat", "a dog"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([{"image_id": 7, "caption": "a"}], "1 captions for 2 images: 1 images have none, 0 are not of this test set"),
+        ([{"image_id": i, "caption": "a"} for i in (7, 12, 13)], "3 captions for 2 images: 0 images have none"),
+        ([{"image": 7}], "holds no list of"),
+        ("x", "holds no list of"),
+    ],
+)  # fmt: skip
+def test_predictions_of_another_set(tmp_path: Path, content: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_predictions(write(tmp_path, content), IMAGES)
+    with pytest.raises(DataError, match="there is no file"):
+        read_predictions(tmp_path / "absent.json", IMAGES)
+
+
+def test_genuine_files(shared_data: Path) -> None:
+    folder = shared_data / "upstream_samples" / "coco"
+    assert len(read_caption_test_set(folder / "coco_mini_karpathy_style.json")) == 51
+    assert len(read_caption_test_set(folder / "annotations" / "captions_val2017_mini.json")) == 79
+    images = read_caption_test_set(shared_data / "labelled" / "cifar10" / "captions" / "captions_dev_test_coco.json")
+    assert (len(images), len(images[0].captions)) == (1000, 5)
