@@ -17,7 +17,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["lcl_megatron", "lcl_megatron.*"]),
-    package_data={"lcl_megatron.config": ["presets/*.toml"], "lcl_megatron": ["py.typed"]},
+    package_data={
+        "lcl_megatron.config": ["presets/*.toml"],
+        "lcl_megatron.evaluation": ["presets/*.toml"],
+        "lcl_megatron": ["py.typed"],
+    },
     install_requires=[
         # 2.8 runs; 2.10 closes known holes of torch.load(weights_only=True): prefer it for checkpoints of others.
         "torch>=2.8",
