@@ -1,6 +1,7 @@
 # make setup        a virtual environment in .venv with pinned versions, without a GPU
 # make extras       DALI (CPU), ray, webdataset on top: 1 GB; the tests that need them run then
 # make quickstart   pre-train and probe a tiny encoder on this machine
+# make collapse     what the contrastive loss is for: five objectives on digits, three seeds (an hour of CPU time)
 # make check        what has to pass before a change is proposed: lint and test
 # make bench        all benchmarks that need no GPU; writes their figures into docs/BENCHMARKS.md
 #                   (BENCH_FLAGS="--data-path CORPUS" measures a corpus of your own)
@@ -20,7 +21,7 @@ ANSWERS := import sys, urllib.request; urllib.request.urlopen(sys.argv[1] + "/to
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup extras quickstart test lint format check bench gpu-check clean
+.PHONY: setup extras quickstart collapse test lint format check bench gpu-check clean
 
 setup: $(VENV)/.installed
 
@@ -41,6 +42,9 @@ extras: setup
 
 quickstart: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart.sh
+
+collapse: setup
+	OMP_NUM_THREADS=1 $(BIN)/python examples/experiments/collapse/run.py --data digits --preset small --output runs/collapse
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet
