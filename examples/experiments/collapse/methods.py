@@ -65,7 +65,6 @@ METHODS = (
     ),
     Method("untrained", "untrained encoder", "untrained", role="reference", trains_text=False),
     Method("supervised", "trained with the labels", "supervised", role="reference", trains_text=False),
-    Method("lcl_pairs", "LCL, image-sentence pairs", "pretrain", role="control", settings=_PAIRS),
     Method(
         "generation_only_pairs",
         "generation alone, image-sentence pairs",
@@ -73,7 +72,6 @@ METHODS = (
         role="control",
         settings=_NO_CONTRAST | _PAIRS,
     ),
-    Method("lcl_control", "LCL, control documents", "pretrain", role="control", documents="control"),
     Method(
         "generation_only_control",
         "generation alone, control documents",
