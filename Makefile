@@ -1,5 +1,5 @@
 # make setup        a virtual environment in .venv with pinned versions, without a GPU
-# make extras       DALI (CPU), ray, webdataset on top: 1 GB; the tests that need them run then
+# make extras       stock libraries (timm, transformers, ...), DALI (CPU), ray on top: 1 GB; the tests that need them run then
 # make quickstart   pre-train and probe a tiny encoder on this machine
 # make collapse     what the contrastive loss is for: five objectives on digits, three seeds (an hour of CPU time)
 # make check        what has to pass before a change is proposed: lint and test
