@@ -120,7 +120,7 @@ def test_a_run_that_saw_other_images_is_refused(module: Any, tmp_path: Path) -> 
         control_documents="b",
         vocab_size=300,
     )
-    for method, expected in (("lcl", 1000), ("lcl_control", 1000), ("lcl_pairs", 3000)):
+    for method, expected in (("lcl", 1000), ("lcl_control", 1000), ("generation_only_pairs", 3000)):
         job = jobs.Job(method, 1, "pretrain", "", "", "", (), "test", 8)
         run = jobs.Finished(job, tmp_path, {"images_seen": 700, "steps": 9})
         with pytest.raises(ValueError, match=f"saw 700 images, the experiment is about {expected} for every method"):
@@ -161,7 +161,10 @@ def test_shipped_presets_are_read_and_an_unknown_one_lists_them(module: Any) -> 
     ("methods", "message"),
     [
         (["lcl", "lpl"], "--methods lpl: unknown; known are lcl, contrast_only, "),
-        (["lcl_pairs"], "--methods lcl_pairs: the main table is empty; add one that is no control"),
+        (
+            ["generation_only_pairs"],
+            "--methods generation_only_pairs: the main table is empty; add one that is no control",
+        ),
     ],
 )
 def test_methods_that_cannot_be_run_are_refused(module: Any, tmp_path: Path, methods: list[str], message: str) -> None:
