@@ -87,7 +87,7 @@ def _from_folder(spec: str, folder: Path, drop_path_rate: float) -> ImageEncoder
         raise _cannot_load(spec, error) from error
     raise EncoderError(
         f"encoder {spec!r}: {folder / 'config.json'} has model_type {kind!r}; expected timm_wrapper, clip or "
-        "clip_vision_model: give the folder that tools/export.py wrote"
+        "clip_vision_model: give a folder that tools/convert_checkpoint.py export wrote"
     )
 
 

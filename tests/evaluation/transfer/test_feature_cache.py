@@ -15,7 +15,7 @@ from lcl_megatron.evaluation.encoders.encoder import EncoderError, ImageEncoder
 from lcl_megatron.evaluation.encoders.preprocessing import Preprocessing
 from lcl_megatron.evaluation.transfer import feature_cache
 from lcl_megatron.evaluation.transfer.feature_cache import FeatureError, cached_features, feature_bytes
-from lcl_megatron.evaluation.transfer.frozen import LiveFeatures, StoredFeatures, open_features
+from lcl_megatron.evaluation.transfer.frozen_features import LiveFeatures, StoredFeatures, open_features
 from lcl_megatron.evaluation.transfer.image_sets import DataError, FolderImages
 from lcl_megatron.evaluation.transfer.session import Session
 from lcl_megatron.parallel.replicas import Replicas

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from lcl_megatron.evaluation.encoders.load import load_encoder
+from lcl_megatron.evaluation.probe.task import probe
 from lcl_megatron.evaluation.probes import Examples, probe_encoder
 from lcl_megatron.evaluation.transfer.image_sets import PixelReader
 from lcl_megatron.evaluation.transfer.labelled_sets import LabelledSet, open_labelled
-from lcl_megatron.evaluation.transfer.probe import probe
 from lcl_megatron.evaluation.transfer.session import Session
 from lcl_megatron.parallel.replicas import Replicas
 from tests.evaluation.transfer.small_sets import ENCODER, write_folders

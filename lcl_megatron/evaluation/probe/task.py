@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lcl_megatron.evaluation.encoders.load import load_encoder
 from lcl_megatron.evaluation.probes import Accuracy, Examples, probe_encoder
-from lcl_megatron.evaluation.transfer.frozen import open_features
+from lcl_megatron.evaluation.transfer.frozen_features import open_features
 from lcl_megatron.evaluation.transfer.image_sets import ImageSet
 from lcl_megatron.evaluation.transfer.labelled_sets import LabelledSet
 from lcl_megatron.evaluation.transfer.results import TaskResult, UnitScores, summarize_units, versions

@@ -17,7 +17,7 @@ from lcl_megatron.evaluation.encoders.encoder import ImageEncoder
 from lcl_megatron.evaluation.encoders.load import load_encoder
 from lcl_megatron.evaluation.transfer.augmentation import CropAndFlip
 from lcl_megatron.evaluation.transfer.fit import Curve, Draw, FitConfig, LossSum, PreparedLoss, fit
-from lcl_megatron.evaluation.transfer.frozen import FeatureSource, LiveFeatures, open_features
+from lcl_megatron.evaluation.transfer.frozen_features import FeatureSource, LiveFeatures, open_features
 from lcl_megatron.evaluation.transfer.heads import Classifier
 from lcl_megatron.evaluation.transfer.image_sets import PixelReader
 from lcl_megatron.evaluation.transfer.labelled_sets import LabelledSet

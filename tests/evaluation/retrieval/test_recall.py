@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lcl_megatron.evaluation.transfer import recall
-from lcl_megatron.evaluation.transfer.recall import RANKS, chance_recalls, recalls, retrieval_ranks
+from lcl_megatron.evaluation.retrieval import recall
+from lcl_megatron.evaluation.retrieval.recall import RANKS, chance_recalls, recalls, retrieval_ranks
 from tests.stock import stock_or_skip
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from lcl_megatron.evaluation.classification.task import ClassificationSettings, _metrics, classify
 from lcl_megatron.evaluation.encoders.load import load_encoder
 from lcl_megatron.evaluation.transfer.augmentation import CropAndFlip
-from lcl_megatron.evaluation.transfer.classification import ClassificationSettings, _metrics, classify
 from lcl_megatron.evaluation.transfer.fit import FitConfig
 from lcl_megatron.evaluation.transfer.heads import AttentionPool, Classifier
 from lcl_megatron.evaluation.transfer.labelled_sets import LabelledSet, open_labelled

@@ -15,10 +15,10 @@ import torch
 
 from lcl_megatron.config.errors import ConfigError
 from lcl_megatron.evaluation.encoders.load import load_encoder
+from lcl_megatron.evaluation.retrieval.task import RetrievalSettings, TwoTowers, retrieve
 from lcl_megatron.evaluation.transfer.caption_sets import CaptionedImages, open_captioned
 from lcl_megatron.evaluation.transfer.fit import FitConfig
 from lcl_megatron.evaluation.transfer.results import TaskResult
-from lcl_megatron.evaluation.transfer.retrieval import RetrievalSettings, TwoTowers, retrieve
 from lcl_megatron.evaluation.transfer.session import Session
 from lcl_megatron.parallel.replicas import Replicas
 from tests.evaluation.transfer.small_sets import COLOURS, ENCODER, write_captioned

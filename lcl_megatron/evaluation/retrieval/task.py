@@ -24,17 +24,23 @@ from lcl_megatron.config.errors import require
 from lcl_megatron.data.order import keyed_hash
 from lcl_megatron.evaluation.encoders.encoder import ImageEncoder
 from lcl_megatron.evaluation.encoders.load import load_encoder
+from lcl_megatron.evaluation.retrieval.recall import chance_recalls, recalls
+from lcl_megatron.evaluation.retrieval.text_encoder import (
+    TextEncoder,
+    TextTokenizer,
+    TokenBatch,
+    open_tokenizer,
+    tokenize,
+)
 from lcl_megatron.evaluation.transfer.augmentation import CropAndFlip
 from lcl_megatron.evaluation.transfer.caption_sets import CaptionedImages
 from lcl_megatron.evaluation.transfer.feature_cache import encode
 from lcl_megatron.evaluation.transfer.fit import Curve, Draw, FitConfig, LossSum, PreparedLoss, fit
-from lcl_megatron.evaluation.transfer.frozen import open_features
+from lcl_megatron.evaluation.transfer.frozen_features import open_features
 from lcl_megatron.evaluation.transfer.heads import AttentionPool
 from lcl_megatron.evaluation.transfer.image_sets import PixelReader
-from lcl_megatron.evaluation.transfer.recall import chance_recalls, recalls
 from lcl_megatron.evaluation.transfer.results import TaskResult, UnitScores, summarize_units, versions
 from lcl_megatron.evaluation.transfer.session import Mode, Session
-from lcl_megatron.evaluation.transfer.text import TextEncoder, TextTokenizer, TokenBatch, open_tokenizer, tokenize
 
 CAPTION_CHOICE = 104
 """Stream of which caption of an image is read; see ``fit.EXAMPLE_ORDER``."""
