@@ -28,7 +28,7 @@ from torch import Tensor
 
 import lcl_megatron
 from lcl_megatron.checkpoint.convert import whole_model
-from lcl_megatron.checkpoint.convert.targets import Source, Target, json_text, targets
+from lcl_megatron.checkpoint.convert.export_targets import ExportSource, Target, json_text, targets
 from lcl_megatron.checkpoint.folders import CheckpointError, commit_folder
 from lcl_megatron.checkpoint.model_card import Card, card_text
 from lcl_megatron.checkpoint.parameters import PARTS
@@ -140,7 +140,7 @@ def export_weights(
     weights.require(*PARTS)
     # Needed at the end, for the model card; known before gigabytes are written.
     stock_library("huggingface_hub")
-    source = Source(weights)
+    source = ExportSource(weights)
     staging = output.with_name(f".staging-{output.name}")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -154,7 +154,7 @@ def export_weights(
 
 
 def _write_all(
-    source: Source, folder: Path, checkpoint: str, include_whole_model: bool, metrics: tuple[Path, ...]
+    source: ExportSource, folder: Path, checkpoint: str, include_whole_model: bool, metrics: tuple[Path, ...]
 ) -> ExportReport:
     weights = source.weights
     wanted = [target for target in targets() if include_whole_model or target.name != "whole_model"]
@@ -186,7 +186,7 @@ def with_measurements(report: ExportReport, measurements: dict[str, Measurement]
     return replace(report, measurements=measurements)
 
 
-def _write_target(target: Target, source: Source, root: Path) -> FolderReport:
+def _write_target(target: Target, source: ExportSource, root: Path) -> FolderReport:
     if reason := target.refusal(source):
         return FolderReport(target.folder, skipped=reason)
     folder, config = root / target.folder, source.config

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lcl_megatron.checkpoint.convert.targets import Source
+from lcl_megatron.checkpoint.convert.export_targets import ExportSource
 from lcl_megatron.checkpoint.convert.timm_vit import architecture_of, to_timm
 from lcl_megatron.checkpoint.export import ExportReport, Measurement, export_weights
 from lcl_megatron.checkpoint.export_check import measure, reference
@@ -152,7 +152,7 @@ def test_llava_reads_the_layer_before_the_last(exported: tuple[Any, ExportReport
     """LLaVA-1.5 takes ``hidden_states[-2]``: here, what our tower has after all layers but one."""
     weights, _, folder = exported
     tower = transformers.CLIPVisionModel.from_pretrained(folder / "clip_vision").eval()
-    with torch.no_grad(), reference(Source(weights)) as model:
+    with torch.no_grad(), reference(ExportSource(weights)) as model:
         vision: Any = model.model.vision
         vision.layers._modules.pop("1")
         vision.final_layernorm = torch.nn.Identity()
@@ -219,7 +219,7 @@ def test_documents_of_the_check_fit_the_positions(
 ) -> None:
     """4 latents per image; the smallest row is <s> <BoI> image <EoI>."""
     config = tiny_config(language={"max_position_embeddings": positions, "vocab_size": tokenizer.vocab_size})
-    with reference(Source(random_weights(config, tokenizer=tokenizer.model))) as model:
+    with reference(ExportSource(random_weights(config, tokenizer=tokenizer.model))) as model:
         special = tokenizer.special_tokens
         batch = model.interleaved(special)
         assert batch.num_images == images

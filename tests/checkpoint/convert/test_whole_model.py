@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lcl_megatron.checkpoint.convert.targets import Source
+from lcl_megatron.checkpoint.convert.export_targets import ExportSource
 from lcl_megatron.checkpoint.export import export_weights
 from lcl_megatron.checkpoint.export_check import Reference, document_batch, reference
 from lcl_megatron.checkpoint.weights import ModelWeights
@@ -46,7 +46,7 @@ def export(weights: ModelWeights, transformers: ModuleType, tmp_path_factory: py
 
 @pytest.fixture(scope="module")
 def own(weights: ModelWeights) -> Iterator[Reference]:
-    with reference(Source(weights)) as model:
+    with reference(ExportSource(weights)) as model:
         yield model
 
 
