@@ -8,5 +8,6 @@
 | ``transfer/`` | what all tasks share: sets of images, the training loop, features, sessions, results |
 | ``vision_language/`` | what captioning and dialogue share: a language model that sees |
 | ``probes``, ``features``, ``labelled_images`` | k-NN and linear probe of features from any callable |
-| ``checkpoint_encoder`` | the same probes for the encoder of a training checkpoint: ``tools/probe.py`` |
+| ``checkpoint_encoder`` | these probes of the encoder of a training checkpoint: ``tools/probe.py`` |
+| ``checkpoint_engine`` | a training checkpoint, opened by one process |
 """
