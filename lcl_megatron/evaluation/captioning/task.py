@@ -18,15 +18,14 @@ import numpy as np
 from lcl_megatron.evaluation.captioning.annotations import CaptionedImage, read_caption_test_set
 from lcl_megatron.evaluation.captioning.predictions import write_predictions
 from lcl_megatron.evaluation.captioning.scores import BLEU, CIDER, CaptionScores, check_scorer, score_captions
-from lcl_megatron.evaluation.transfer.caption_sets import CaptionedImages
+from lcl_megatron.evaluation.transfer.caption_sets import CaptionedSet
 from lcl_megatron.evaluation.transfer.fit import Curve, FitConfig
 from lcl_megatron.evaluation.transfer.image_sets import FolderImages, ImageSet
 from lcl_megatron.evaluation.transfer.results import MetricSummary, TaskResult, summarize, versions
-from lcl_megatron.evaluation.transfer.session import Mode, Session
+from lcl_megatron.evaluation.transfer.session import Mode, Session, model_name
 from lcl_megatron.evaluation.vision_language.answering import answer_prompts
 from lcl_megatron.evaluation.vision_language.assembly import Assembled, Recipe, assemble, load_model, save_model
 from lcl_megatron.evaluation.vision_language.model import Generation, Part
-from lcl_megatron.evaluation.vision_language.naming import model_name, state_file
 from lcl_megatron.evaluation.vision_language.pixels import ImageFit
 from lcl_megatron.evaluation.vision_language.sequences import PLACEHOLDER, Piece, SequenceBuilder, TokenSequence
 from lcl_megatron.evaluation.vision_language.training import train_parts
@@ -101,7 +100,7 @@ def open_caption_test(path: Path, image_root: Path, split: str = "test") -> Capt
 class CaptionTexts:
     """Pairs of an image and one of its captions, as training texts."""
 
-    data: CaptionedImages
+    data: CaptionedSet
     """Images with captions."""
     builder: SequenceBuilder
     """Makes tokens."""
@@ -111,7 +110,7 @@ class CaptionTexts:
     """(N,) int64: pairs up to and including an image."""
 
     @classmethod
-    def of(cls, data: CaptionedImages, builder: SequenceBuilder, prompt: str) -> CaptionTexts:
+    def of(cls, data: CaptionedSet, builder: SequenceBuilder, prompt: str) -> CaptionTexts:
         """Return the pairs of a set."""
         return cls(data, builder, prompt, np.cumsum([len(captions) for captions in data.captions]))
 
@@ -140,7 +139,7 @@ class CaptionTexts:
 def caption(
     spec: str,
     language_model: str,
-    train: CaptionedImages,
+    train: CaptionedSet,
     tests: Sequence[CaptionTest],
     settings: CaptioningSettings,
     mode: Mode,
@@ -182,7 +181,7 @@ def caption(
             settings.fit,
             session.replicas,
             seed=seed,
-            state_file=state_file(session.output, name, description),
+            state_file=session.state_file(name, description),
         )
         if settings.save_model and session.replicas.is_first:
             save_model(assembled, session.output / "models" / name)

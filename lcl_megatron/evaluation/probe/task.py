@@ -12,7 +12,7 @@ from lcl_megatron.evaluation.encoders.load import load_encoder
 from lcl_megatron.evaluation.probes import Accuracy, Examples, probe_encoder
 from lcl_megatron.evaluation.transfer.frozen_features import open_features
 from lcl_megatron.evaluation.transfer.image_sets import ImageSet
-from lcl_megatron.evaluation.transfer.labelled_sets import LabelledSet
+from lcl_megatron.evaluation.transfer.labelled_sets import LabelledSet, describe_splits
 from lcl_megatron.evaluation.transfer.results import TaskResult, UnitScores, summarize_units, versions
 from lcl_megatron.evaluation.transfer.session import Session
 
@@ -56,13 +56,7 @@ def probe(spec: str, train: LabelledSet, test: LabelledSet, session: Session) ->
         task="probe",
         encoder=session.replicas.from_first(encoder.describe()),
         mode="",
-        data={
-            "train": train.source,
-            "test": test.source,
-            "train_images": len(train.images),
-            "test_images": len(test.images),
-            "classes": len(train.classes),
-        },
+        data=describe_splits(train, test),
         settings={"feature": "mean over patches", "linear_l2": report.linear_l2},
         metrics=tuple(
             summarize_units(name, {0: _unit_scores(accuracy)}, report.chance)

@@ -33,17 +33,16 @@ from lcl_megatron.evaluation.retrieval.text_encoder import (
     tokenize,
 )
 from lcl_megatron.evaluation.transfer.augmentation import CropAndFlip
-from lcl_megatron.evaluation.transfer.caption_sets import CaptionedImages
+from lcl_megatron.evaluation.transfer.caption_sets import CaptionedSet
 from lcl_megatron.evaluation.transfer.feature_cache import encode
 from lcl_megatron.evaluation.transfer.fit import Curve, Draw, FitConfig, LossSum, PreparedLoss, fit
 from lcl_megatron.evaluation.transfer.frozen_features import open_features
 from lcl_megatron.evaluation.transfer.heads import AttentionPool
 from lcl_megatron.evaluation.transfer.image_sets import PixelReader
 from lcl_megatron.evaluation.transfer.results import TaskResult, UnitScores, summarize_units, versions
-from lcl_megatron.evaluation.transfer.session import Mode, Session
+from lcl_megatron.evaluation.transfer.session import Mode, Session, model_name
+from lcl_megatron.evaluation.transfer.streams import TransferStream
 
-CAPTION_CHOICE = 104
-"""Stream of which caption of an image is read; see ``fit.EXAMPLE_ORDER``."""
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 MAX_LOGIT_SCALE = math.log(100)
 """CLIP's."""
@@ -130,8 +129,8 @@ class TwoTowers(nn.Module):
 
 def retrieve(
     spec: str,
-    train: CaptionedImages,
-    tests: Sequence[CaptionedImages],
+    train: CaptionedSet,
+    tests: Sequence[CaptionedSet],
     settings: RetrievalSettings,
     mode: Mode,
     seeds: Sequence[int],
@@ -184,7 +183,7 @@ def retrieve(
     ]
 
 
-def _data(train: CaptionedImages, test: CaptionedImages) -> dict[str, Any]:
+def _data(train: CaptionedSet, test: CaptionedSet) -> dict[str, Any]:
     return {
         "train": train.source,
         "train_images": len(train),
@@ -201,7 +200,7 @@ class _Fitted:
 
     spec: str
     description: dict[str, Any]
-    train: CaptionedImages
+    train: CaptionedSet
     settings: RetrievalSettings
     seed: int
     session: Session
@@ -236,7 +235,7 @@ class _Fitted:
 
     def _tokens(self, part: Draw) -> TokenBatch:
         """Return a random caption of each image."""
-        choices = keyed_hash(self.seed, CAPTION_CHOICE, part.keys)
+        choices = keyed_hash(self.seed, TransferStream.CAPTION_CHOICE, part.keys)
         all_captions = [self.train.captions[index] for index in part.indices.tolist()]
         texts = [texts[choice % len(texts)] for texts, choice in zip(all_captions, choices.tolist(), strict=True)]
         return tokenize(self.tokenizer, texts, self.settings.context_length)
@@ -250,6 +249,7 @@ class _Fitted:
 
     def _fit(self, model: TwoTowers, loss: PreparedLoss, pretrained: Iterable[nn.Parameter]) -> Curve:
         mode: Mode = "frozen" if model.encoder is None else "full"
+        name = model_name("retrieval", self.description["name"], mode, self.seed)
         return fit(
             model,
             loss,
@@ -258,11 +258,11 @@ class _Fitted:
             self.session.replicas,
             seed=self.seed,
             pretrained=pretrained,
-            state_file=self.session.state_file(self.description, mode, self.seed),
+            state_file=self.session.state_file(name, self.description),
         )
 
     @torch.no_grad()
-    def score(self, model: TwoTowers, frozen: ImageEncoder, test: CaptionedImages) -> dict[str, UnitScores]:
+    def score(self, model: TwoTowers, frozen: ImageEncoder, test: CaptionedSet) -> dict[str, UnitScores]:
         """Return the recalls on a test set, equal on all ranks; ``frozen`` encodes if the model's own does not."""
         encoder = frozen if model.encoder is None else model.encoder
         precision = self.settings.fit.precision

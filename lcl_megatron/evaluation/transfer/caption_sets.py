@@ -33,7 +33,7 @@ MAX_IMAGE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class CaptionedImages:
+class CaptionedSet:
     """Images with one caption or more each."""
 
     images: ImageSet
@@ -87,7 +87,7 @@ class JoinedImages:
 
 def open_captioned(
     files: Sequence[Path], image_root: Path | None, split: str = "", *, is_test: bool = False
-) -> CaptionedImages:
+) -> CaptionedSet:
     """Return the images of some files, with all their captions.
 
     Args:
@@ -109,7 +109,7 @@ def open_captioned(
     source = ", ".join(file.name for file in files) + (f" ({split})" if split else "")
     captions = parts[0][1] if len(parts) == 1 else [texts for _, all_texts in parts for texts in all_texts]
     images = parts[0][0] if len(parts) == 1 else JoinedImages([images for images, _ in parts])
-    return CaptionedImages(images, captions, source, dict(left_out))
+    return CaptionedSet(images, captions, source, dict(left_out))
 
 
 def _open(

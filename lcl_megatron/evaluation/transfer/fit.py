@@ -23,13 +23,8 @@ from torch import Tensor, nn
 
 from lcl_megatron.config.errors import require
 from lcl_megatron.data.order import keyed_hash, permute
+from lcl_megatron.evaluation.transfer.streams import TransferStream
 from lcl_megatron.parallel.replicas import Replicas
-
-EXAMPLE_ORDER = 101
-"""Stream of the random order of examples; ``data.order.Stream`` numbers those of pre-training from 1."""
-
-DROP_MASKS = 102
-"""Stream of what drop-path and dropout draw."""
 
 
 class DivergenceError(ValueError):
@@ -142,7 +137,7 @@ def draw(num_examples: int, batch_size: int, seed: int, step: int) -> Draw:
     """
     keys = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
     epochs, positions = np.divmod(keys, num_examples)
-    return Draw(permute(positions, num_examples, keyed_hash(seed, EXAMPLE_ORDER, epochs)), keys, step)
+    return Draw(permute(positions, num_examples, keyed_hash(seed, TransferStream.EXAMPLE_ORDER, epochs)), keys, step)
 
 
 def learning_rate_factor(config: FitConfig, step: int) -> float:
@@ -279,7 +274,7 @@ class _Fit:
         config, replicas = self.config, self.replicas
         self.optimizer.zero_grad(set_to_none=True)
         # Drop-path and dropout draw from here; a fit that goes on after an interruption draws the same.
-        torch.manual_seed(int(keyed_hash(self.seed, DROP_MASKS, self.step, replicas.rank)) >> 1)
+        torch.manual_seed(int(keyed_hash(self.seed, TransferStream.DROP_MASKS, self.step, replicas.rank)) >> 1)
         sums = torch.zeros(2, dtype=torch.float64)
         for part in parts:
             with torch.autocast(replicas.device.type, torch.bfloat16, enabled=config.precision == "bf16"):

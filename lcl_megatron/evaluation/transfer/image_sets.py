@@ -182,33 +182,6 @@ class TarImages:
         return _hash([_tar_state(tar) for tar in self.tars] + places)
 
 
-@dataclass(frozen=True)
-class ImageSubset:
-    """Some images of a set, in an order of their own."""
-
-    whole: ImageSet
-    """The set."""
-    indices: np.ndarray
-    """(N,) int64 into it."""
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.indices)
-
-    def name(self, index: int) -> str:
-        """Return what the set calls it."""
-        return self.whole.name(int(self.indices[index]))
-
-    def read(self, index: int) -> bytes:
-        """Return the encoded image; raises ``DataError``."""
-        return self.whole.read(int(self.indices[index]))
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of the set and the choice."""
-        return hashlib.sha256(self.whole.fingerprint.encode() + self.indices.tobytes()).hexdigest()[:16]
-
-
 def _tar_state(tar: Path) -> str:
     info = tar.stat()
     return f"{tar.resolve()}\0{info.st_size}\0{info.st_mtime_ns}"

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -67,6 +68,17 @@ def open_split(root: Path, split: str) -> LabelledSet:
     if not root.is_dir():
         raise DataError(f"there is no data folder {root}; give the folder of the labelled images")
     return _layout(root, split)(root, split)
+
+
+def describe_splits(train: LabelledSet, test: LabelledSet) -> dict[str, Any]:
+    """Return what results record of the data: both sources, their sizes, and the number of classes."""
+    return {
+        "train": train.source,
+        "test": test.source,
+        "train_images": len(train.images),
+        "test_images": len(test.images),
+        "classes": len(train.classes),
+    }
 
 
 def _layout(root: Path, split: str) -> Callable[[Path, str], LabelledSet]:

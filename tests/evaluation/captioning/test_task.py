@@ -13,7 +13,6 @@ import pytest
 from lcl_megatron.checkpoint.stock_libraries import LibraryError, stock_library
 from lcl_megatron.config.errors import ConfigError
 from lcl_megatron.evaluation.captioning.annotations import CaptionedImage, read_caption_test_set
-from lcl_megatron.evaluation.captioning.predictions import read_predictions
 from lcl_megatron.evaluation.captioning.scores import score_captions
 from lcl_megatron.evaluation.captioning.task import CaptioningSettings, open_caption_test, score_test
 from lcl_megatron.evaluation.flags import TransferFlags
@@ -65,7 +64,8 @@ def test_a_model_learns_to_say_what_it_sees(folder: Path, tmp_path: Path) -> Non
     )  # fmt: skip
     (result,) = read_json(tmp_path / "out")
     entries = read_caption_test_set(folder / "test.json")
-    captions = read_predictions(tmp_path / "out" / "predictions" / "captioning-tiny-frozen-seed0-test.json", entries)
+    written = tmp_path / "out" / "predictions" / "captioning-tiny-frozen-seed0-test.json"
+    captions = [record["caption"] for record in json.loads(written.read_text())]
     scores = score_captions(captions, [entry.captions for entry in entries])
     metrics = {metric.name: metric for metric in result.metrics}
     assert list(metrics) == ["CIDEr", "BLEU-4", "BLEU-3", "BLEU-2", "BLEU-1"]

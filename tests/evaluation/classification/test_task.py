@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from lcl_megatron.evaluation.classification.task import ClassificationSettings, _metrics, classify
+from lcl_megatron.evaluation.classification.task import ClassificationSettings, classify
 from lcl_megatron.evaluation.encoders.load import load_encoder
 from lcl_megatron.evaluation.transfer.augmentation import CropAndFlip
 from lcl_megatron.evaluation.transfer.fit import FitConfig
@@ -98,16 +98,6 @@ def test_crops_and_flips_are_the_key_s() -> None:
     assert torch.equal(whole(data, 7), whole(data, 7))
     first, second = (CropAndFlip(SIZE, seed, (0.2, 1.0), flip=False)(data, 7) for seed in (0, 1))
     assert not torch.equal(first, second)
-
-
-def test_top_5_counts_the_first_five() -> None:
-    labels = np.array([0, 0, 0, 1, 2, 3, 4, 5, 6, 6])
-    hits = {0: np.array([[1, 1], [0, 1], [0, 0], [0, 1], *[[0, 0]] * 6])}
-    top1, top5 = _metrics(hits, labels, 7)
-    assert (top1.name, top1.mean, top1.chance) == ("top-1", 0.1, 0.3)
-    assert (top5.name, top5.mean) == ("top-5", 0.3)
-    assert top5.chance == pytest.approx(0.8)
-    assert [metric.name for metric in _metrics(hits, labels, 5)] == ["top-1"]
 
 
 def test_pool_is_attention_of_its_query() -> None:

@@ -16,7 +16,7 @@ import torch
 from lcl_megatron.config.errors import ConfigError
 from lcl_megatron.evaluation.encoders.load import load_encoder
 from lcl_megatron.evaluation.retrieval.task import RetrievalSettings, TwoTowers, retrieve
-from lcl_megatron.evaluation.transfer.caption_sets import CaptionedImages, open_captioned
+from lcl_megatron.evaluation.transfer.caption_sets import CaptionedSet, open_captioned
 from lcl_megatron.evaluation.transfer.fit import FitConfig
 from lcl_megatron.evaluation.transfer.results import TaskResult
 from lcl_megatron.evaluation.transfer.session import Session
@@ -36,7 +36,7 @@ SETTINGS = RetrievalSettings(
 
 
 @pytest.fixture
-def sets(tmp_path: Path) -> tuple[CaptionedImages, CaptionedImages]:
+def sets(tmp_path: Path) -> tuple[CaptionedSet, CaptionedSet]:
     """24 training images; the test set has one image of each colour, so that its captions tell them apart."""
     stock_or_skip("timm")
     stock_or_skip("open_clip")
