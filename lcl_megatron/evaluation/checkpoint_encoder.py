@@ -69,7 +69,8 @@ def probe_checkpoint(checkpoint: Path, labels: Path, image_root: Path, splits: t
 
     Raises:
         CheckpointError: there is no complete checkpoint.
-        LabelError: the labels are damaged, or an image is missing or cannot be decoded.
+        LabelError: the labels are damaged.
+        DataError: an image is missing or cannot be decoded.
         ValueError: the splits are too small to fit the probes.
     """
     read = [read_labels(labels, split) for split in splits]

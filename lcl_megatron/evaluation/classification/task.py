@@ -17,6 +17,7 @@ from lcl_megatron.evaluation.encoders.encoder import ImageEncoder
 from lcl_megatron.evaluation.encoders.load import load_encoder
 from lcl_megatron.evaluation.transfer.accuracy import RANKS, top_hits, top_metrics
 from lcl_megatron.evaluation.transfer.augmentation import CropAndFlip
+from lcl_megatron.evaluation.transfer.feature_cache import evaluation_reader
 from lcl_megatron.evaluation.transfer.fit import Curve, Draw, FitConfig, LossSum, PreparedLoss, fit
 from lcl_megatron.evaluation.transfer.frozen_features import FeatureSource, LiveFeatures, open_features
 from lcl_megatron.evaluation.transfer.heads import Classifier
@@ -143,8 +144,7 @@ class _Fitted:
             lambda part, pixels: self._loss(model(pixels.to(device)), part),
         )
         curve = self._fit(model, loss, "full", encoder.parameters())
-        live = PixelReader(self.test.images, lambda data, _key: encoder.preprocessing(data))
-        test = LiveFeatures(encoder, live, self.settings.fit.precision)
+        test = LiveFeatures(encoder, evaluation_reader(encoder, self.test.images), self.settings.fit.precision)
         return curve, self._score(lambda indices: model.head(test.features(test.read(indices))))
 
     def _new_head(self, encoder: ImageEncoder) -> Classifier:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from lcl_megatron.config.errors import require
+from lcl_megatron.evaluation.dialogue.benchmark import Score
 from lcl_megatron.evaluation.dialogue.benchmark_list import BenchmarkRun
 from lcl_megatron.evaluation.dialogue.conversations import (
     Conversation,
@@ -26,7 +27,6 @@ from lcl_megatron.evaluation.dialogue.conversations import (
     question_pieces,
     read_conversations,
 )
-from lcl_megatron.evaluation.dialogue.question import Score
 from lcl_megatron.evaluation.transfer.fit import Curve, FitConfig
 from lcl_megatron.evaluation.transfer.image_sets import FolderImages, ImageSet
 from lcl_megatron.evaluation.transfer.results import MetricSummary, TaskResult, UnitScores, summarize, versions

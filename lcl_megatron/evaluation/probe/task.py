@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lcl_megatron.evaluation.encoders.load import load_encoder
 from lcl_megatron.evaluation.probes import Accuracy, Examples, probe_encoder
-from lcl_megatron.evaluation.transfer.frozen_features import open_features
+from lcl_megatron.evaluation.transfer.feature_cache import evaluation_reader
+from lcl_megatron.evaluation.transfer.frozen_features import LiveFeatures
 from lcl_megatron.evaluation.transfer.image_sets import ImageSet
 from lcl_megatron.evaluation.transfer.labelled_sets import LabelledSet, describe_splits
 from lcl_megatron.evaluation.transfer.results import TaskResult, UnitScores, summarize_units, versions
@@ -40,10 +41,10 @@ def probe(spec: str, train: LabelledSet, test: LabelledSet, session: Session) ->
     session.say(f"{encoder.name}: probes on {len(train.images):,} images")
 
     def examples(split: LabelledSet) -> Examples:
-        return Examples(_mean_features(split.images), torch.from_numpy(split.labels))
+        return Examples(mean_features(split.images), torch.from_numpy(split.labels))
 
-    def _mean_features(images: ImageSet) -> Tensor:
-        source = open_features(encoder, images, session, "fp32", max_cache_gib=0)
+    def mean_features(images: ImageSet) -> Tensor:
+        source = LiveFeatures(encoder, evaluation_reader(encoder, images), "fp32")
         share = session.replicas.share(len(images))
         found = [torch.zeros(0, encoder.width, device=session.replicas.device)]
         for first in range(share.start, share.stop, BATCH_SIZE):

@@ -34,7 +34,7 @@ from lcl_megatron.evaluation.retrieval.text_encoder import (
 )
 from lcl_megatron.evaluation.transfer.augmentation import CropAndFlip
 from lcl_megatron.evaluation.transfer.caption_sets import CaptionedSet
-from lcl_megatron.evaluation.transfer.feature_cache import encode
+from lcl_megatron.evaluation.transfer.feature_cache import encode, evaluation_reader
 from lcl_megatron.evaluation.transfer.fit import Curve, Draw, FitConfig, LossSum, PreparedLoss, fit
 from lcl_megatron.evaluation.transfer.frozen_features import open_features
 from lcl_megatron.evaluation.transfer.heads import AttentionPool
@@ -266,7 +266,7 @@ class _Fitted:
         """Return the recalls on a test set, equal on all ranks; ``frozen`` encodes if the model's own does not."""
         encoder = frozen if model.encoder is None else model.encoder
         precision = self.settings.fit.precision
-        reader = PixelReader(test.images, lambda data, _key: encoder.preprocessing(data))
+        reader = evaluation_reader(encoder, test.images)
         texts = [text for all_texts in test.captions for text in all_texts]
 
         def embed_images(indices: np.ndarray) -> Tensor:

@@ -5,6 +5,8 @@
     captions.json         COCO annotations, dataset_coco.json of A. Karpathy, or [{"image": .., "caption": [..]}]
     captions.tsv, .token  image and caption columns, or a header; Flickr30k's results_20130124.token
     00000.tar, a folder   pairs as img2dataset writes them: KEY.jpg with KEY.txt or KEY.json
+
+Test sets of captioning have a reader of their own, ``captioning/annotations.py``: predictions need the images' ids.
 """
 
 from __future__ import annotations

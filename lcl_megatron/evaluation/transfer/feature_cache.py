@@ -57,6 +57,11 @@ class FeatureFiles:
         return torch.from_numpy(rows).view(self._dtype).view(len(indices), *self._shape)
 
 
+def evaluation_reader(encoder: ImageEncoder, images: ImageSet) -> PixelReader:
+    """Return a reader of images by the evaluation transform of an encoder's library."""
+    return PixelReader(images, lambda data, _key: encoder.preprocessing(data))
+
+
 def feature_bytes(encoder: ImageEncoder, num_images: int, precision: Precision) -> int:
     """Return the size of the features of so many images."""
     return num_images * encoder.num_patches * encoder.width * DTYPES[precision].itemsize
@@ -94,7 +99,7 @@ def cached_features(
     cache.mkdir(parents=True, exist_ok=True)
     parts = [cache / f"part-{number:06d}" for number in range(-(-len(images) // PART_IMAGES))]
     missing = replicas.from_first([number for number, part in enumerate(parts) if not part.is_file()])
-    reader = PixelReader(images, lambda data, _key: encoder.preprocessing(data))
+    reader = evaluation_reader(encoder, images)
     for number in missing[replicas.rank :: replicas.size]:
         indices = np.arange(number * PART_IMAGES, min((number + 1) * PART_IMAGES, len(images)))
         _write_part(encoder, reader, indices, parts[number], precision, batch_size)

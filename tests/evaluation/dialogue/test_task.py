@@ -13,9 +13,9 @@ import pytest
 
 from lcl_megatron.checkpoint.stock_libraries import LibraryError, stock_library
 from lcl_megatron.config.errors import ConfigError
+from lcl_megatron.evaluation.dialogue.benchmark import BenchmarkError
 from lcl_megatron.evaluation.dialogue.benchmark_list import open_benchmarks
 from lcl_megatron.evaluation.dialogue.conversations import ConversationError
-from lcl_megatron.evaluation.dialogue.question import BenchmarkError
 from lcl_megatron.evaluation.dialogue.task import DialogueSettings, open_conversations, other_images
 from lcl_megatron.evaluation.flags import TransferFlags
 from lcl_megatron.evaluation.generation_commands import dialogue, dialogue_score
