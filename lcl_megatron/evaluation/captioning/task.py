@@ -22,10 +22,11 @@ from lcl_megatron.evaluation.transfer.caption_sets import CaptionedSet
 from lcl_megatron.evaluation.transfer.fit import Curve, FitConfig
 from lcl_megatron.evaluation.transfer.image_sets import FolderImages, ImageSet
 from lcl_megatron.evaluation.transfer.results import MetricSummary, TaskResult, summarize, versions
-from lcl_megatron.evaluation.transfer.session import Mode, Session, model_name
+from lcl_megatron.evaluation.transfer.session import Mode, Session
 from lcl_megatron.evaluation.vision_language.answering import answer_prompts
 from lcl_megatron.evaluation.vision_language.assembly import Assembled, Recipe, assemble, load_model, save_model
 from lcl_megatron.evaluation.vision_language.model import Generation, Part
+from lcl_megatron.evaluation.vision_language.naming import model_name, state_file
 from lcl_megatron.evaluation.vision_language.pixels import ImageFit
 from lcl_megatron.evaluation.vision_language.sequences import PLACEHOLDER, Piece, SequenceBuilder, TokenSequence
 from lcl_megatron.evaluation.vision_language.training import train_parts
@@ -181,7 +182,7 @@ def caption(
             settings.fit,
             session.replicas,
             seed=seed,
-            state_file=session.state_file(name, description),
+            state_file=state_file(session.output, name, description),
         )
         if settings.save_model and session.replicas.is_first:
             save_model(assembled, session.output / "models" / name)

@@ -24,7 +24,7 @@ from lcl_megatron.evaluation.transfer.heads import Classifier
 from lcl_megatron.evaluation.transfer.image_sets import PixelReader
 from lcl_megatron.evaluation.transfer.labelled_sets import LabelledSet, describe_splits
 from lcl_megatron.evaluation.transfer.results import TaskResult, versions
-from lcl_megatron.evaluation.transfer.session import Mode, Session, model_name
+from lcl_megatron.evaluation.transfer.session import Mode, Session
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,6 @@ class _Fitted:
         return LossSum(F.cross_entropy(logits.float(), labels, reduction="sum"), len(labels))
 
     def _fit(self, module: nn.Module, loss: PreparedLoss, mode: Mode, pretrained: Iterable[nn.Parameter]) -> Curve:
-        name = model_name("classification", self.description["name"], mode, self.seed)
         return fit(
             module,
             loss,
@@ -165,7 +164,7 @@ class _Fitted:
             self.session.replicas,
             seed=self.seed,
             pretrained=pretrained,
-            state_file=self.session.state_file(name, self.description),
+            state_file=self.session.state_file(self.description, mode, self.seed),
         )
 
     @torch.no_grad()

@@ -40,7 +40,7 @@ from lcl_megatron.evaluation.transfer.frozen_features import open_features
 from lcl_megatron.evaluation.transfer.heads import AttentionPool
 from lcl_megatron.evaluation.transfer.image_sets import PixelReader
 from lcl_megatron.evaluation.transfer.results import TaskResult, UnitScores, summarize_units, versions
-from lcl_megatron.evaluation.transfer.session import Mode, Session, model_name
+from lcl_megatron.evaluation.transfer.session import Mode, Session
 from lcl_megatron.evaluation.transfer.streams import TransferStream
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
@@ -249,7 +249,6 @@ class _Fitted:
 
     def _fit(self, model: TwoTowers, loss: PreparedLoss, pretrained: Iterable[nn.Parameter]) -> Curve:
         mode: Mode = "frozen" if model.encoder is None else "full"
-        name = model_name("retrieval", self.description["name"], mode, self.seed)
         return fit(
             model,
             loss,
@@ -258,7 +257,7 @@ class _Fitted:
             self.session.replicas,
             seed=self.seed,
             pretrained=pretrained,
-            state_file=self.session.state_file(name, self.description),
+            state_file=self.session.state_file(self.description, mode, self.seed),
         )
 
     @torch.no_grad()

@@ -34,14 +34,10 @@ class Session:
     results: list[TaskResult] = field(default_factory=list)
     """Finished encoders."""
 
-    def state_file(self, model: str, encoder: dict[str, Any]) -> Path:
-        """Return where the training of a model is saved until the call ends.
-
-        Args:
-            model: its name, see ``model_name``.
-            encoder: its encoder's description.
-        """
-        return self.output / "states" / f"{model}-{encoder['fingerprint']}.pt"
+    def state_file(self, encoder: dict[str, Any], mode: Mode, seed: int) -> Path:
+        """Return where a fit is saved until the call ends; ``encoder`` is its description."""
+        name = re.sub(r"[^A-Za-z0-9.-]+", "_", str(encoder["name"]))[-60:]
+        return self.output / "states" / f"{name}-{encoder['fingerprint']}-{mode}-seed{seed}.pt"
 
     def add(self, result: TaskResult) -> None:
         """Take a finished result; all files are written anew, so that a later failure loses nothing."""
@@ -52,11 +48,6 @@ class Session:
             unit = "%" if metric.percent else ""
             value = 100 * metric.mean if metric.percent else metric.mean
             self.say(f"{result.encoder['name']} {result.mode}: {metric.name} {value:.2f}{unit}")
-
-
-def model_name(task: str, encoder: str, mode: Mode, seed: int) -> str:
-    """Return ``captioning-ENCODER-frozen-seed0``, with nothing in it that a file name cannot hold."""
-    return re.sub(r"[^A-Za-z0-9.-]+", "_", f"{task}-{encoder[-100:]}-{mode}-seed{seed}")
 
 
 @contextmanager

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from lcl_megatron.checkpoint.stock_libraries import LibraryError, stock_library
-from lcl_megatron.evaluation.transfer.session import model_name
 from lcl_megatron.evaluation.vision_language.assembly import (
     Assembled,
     AssemblyError,
@@ -21,6 +20,7 @@ from lcl_megatron.evaluation.vision_language.assembly import (
     save_model,
 )
 from lcl_megatron.evaluation.vision_language.model import PARTS
+from lcl_megatron.evaluation.vision_language.naming import model_name
 from lcl_megatron.evaluation.vision_language.sequences import Piece, collate
 from tests.evaluation.vision_language.small_data import ENCODER, language_model_folder
 
