@@ -22,7 +22,7 @@ from lcl_megatron.evaluation.transfer.heads import Classifier
 from lcl_megatron.evaluation.transfer.image_sets import PixelReader
 from lcl_megatron.evaluation.transfer.labelled_sets import LabelledSet
 from lcl_megatron.evaluation.transfer.results import MetricSummary, TaskResult, UnitScores, summarize_units, versions
-from lcl_megatron.evaluation.transfer.session import Mode, Session
+from lcl_megatron.evaluation.transfer.session import Mode, Session, digest
 
 RANKS = (1, 5)
 """Top-1 and top-5."""
@@ -172,7 +172,13 @@ class _Fitted:
             self.session.replicas,
             seed=self.seed,
             pretrained=pretrained,
-            state_file=self.session.state_file(self.description, mode, self.seed),
+            state_file=self.session.state_file(self.description, mode, self.seed, self._trained_on()),
+        )
+
+    def _trained_on(self) -> str:
+        settings = self.settings
+        return digest(
+            "classification", *self.train.contents(), settings.drop_path_rate, settings.crop_scale, settings.flip
         )
 
     @torch.no_grad()

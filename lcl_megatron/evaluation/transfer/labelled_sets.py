@@ -37,6 +37,11 @@ class LabelledSet:
     source: str
     """Data set and split, for messages and results."""
 
+    def contents(self) -> tuple[object, ...]:
+        """Return names of images, classes and labels: what makes it the set that it is."""
+        names = [self.images.name(index) for index in range(len(self.images))]
+        return self.source, names, self.labels.tolist(), self.classes
+
 
 def open_labelled(root: Path, train_split: str, test_split: str) -> tuple[LabelledSet, LabelledSet]:
     """Return the two splits of a data set, whose layout its files show.

@@ -33,7 +33,7 @@ from lcl_megatron.evaluation.transfer.heads import AttentionPool
 from lcl_megatron.evaluation.transfer.image_sets import PixelReader
 from lcl_megatron.evaluation.transfer.recall import chance_recalls, recalls
 from lcl_megatron.evaluation.transfer.results import TaskResult, UnitScores, summarize_units, versions
-from lcl_megatron.evaluation.transfer.session import Mode, Session
+from lcl_megatron.evaluation.transfer.session import Mode, Session, digest
 from lcl_megatron.evaluation.transfer.text import TextEncoder, TextTokenizer, TokenBatch, open_tokenizer, tokenize
 
 CAPTION_CHOICE = 104
@@ -252,7 +252,13 @@ class _Fitted:
             self.session.replicas,
             seed=self.seed,
             pretrained=pretrained,
-            state_file=self.session.state_file(self.description, mode, self.seed),
+            state_file=self.session.state_file(self.description, mode, self.seed, self._trained_on()),
+        )
+
+    def _trained_on(self) -> str:
+        settings = self.settings
+        return digest(
+            "retrieval", *self.train.contents(), settings.drop_path_rate, settings.crop_scale, settings.tokenizer
         )
 
     @torch.no_grad()
