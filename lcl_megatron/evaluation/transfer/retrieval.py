@@ -237,9 +237,11 @@ class _Fitted:
 
     def _loss(self, model: TwoTowers, images: Tensor, is_good: Tensor | None, tokens: TokenBatch) -> LossSum:
         ids, lengths = (tensor.to(images.device) for tensor in tokens)
+        # CLIP's limit, on the parameter itself: a clamp in the graph would have no gradient beyond, and no way back.
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
         image_features, text_features = model(images, ids, lengths, self.settings.embed_at_once)
-        scale = model.logit_scale.clamp(max=MAX_LOGIT_SCALE)
-        total = self.session.replicas.contrast(image_features, text_features, scale, is_good)
+        total = self.session.replicas.contrast(image_features, text_features, model.logit_scale, is_good)
         return LossSum(total, len(ids) if is_good is None else float(is_good.sum()))
 
     def _fit(self, model: TwoTowers, loss: PreparedLoss, pretrained: Iterable[nn.Parameter]) -> Curve:

@@ -15,6 +15,7 @@ import torch
 
 from lcl_megatron.config.errors import ConfigError
 from lcl_megatron.evaluation.encoders.load import load_encoder
+from lcl_megatron.evaluation.transfer import retrieval
 from lcl_megatron.evaluation.transfer.caption_sets import CaptionedImages, open_captioned
 from lcl_megatron.evaluation.transfer.fit import FitConfig
 from lcl_megatron.evaluation.transfer.results import TaskResult
@@ -120,3 +121,21 @@ def test_a_saved_state_is_not_taken_up_for_other_captions_or_crops(tmp_path: Pat
     assert run(tmp_path, (swapped, test), "full", fit=short).curves["0"].losses != first
     assert run(tmp_path, sets, "full", fit=short, crop_scale=(0.1, 0.2)).curves["0"].losses != first
     assert run(tmp_path, sets, "full", fit=short).curves["0"].losses == first
+
+
+def test_the_temperature_comes_back_from_its_limit(tmp_path: Path, sets: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the limit it is the limit, and the gradient there, of captions that fit no image, leads down."""
+    train, test = sets
+    same = dataclasses.replace(train, captions=[("a square",)] * len(train))
+    monkeypatch.setattr(retrieval, "INITIAL_LOGIT_SCALE", 6.0)
+    models: list[TwoTowers] = []
+
+    class Kept(TwoTowers):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            models.append(self)
+
+    monkeypatch.setattr(retrieval, "TwoTowers", Kept)
+    run(tmp_path, (same, test), "frozen", fit=dataclasses.replace(SETTINGS.fit, steps=10))
+    (model,) = models
+    assert model.logit_scale.item() < retrieval.MAX_LOGIT_SCALE - 0.01
