@@ -288,7 +288,10 @@ def score_test(entries: Sequence[CaptionedImage], captions: Sequence[str]) -> Sc
         chosen = [index for index, entry in enumerate(entries) if domain in ("", entry.domain)]
         references = [entries[index].captions for index in chosen]
         scores[domain] = score_captions([captions[index] for index in chosen], references)
-    exchanged = np.random.default_rng(0).permutation(len(entries))
+    # Each takes the caption of the next one in a random circle, so that none is on its own image.
+    circle = np.random.default_rng(0).permutation(len(entries))
+    exchanged = np.empty_like(circle)
+    exchanged[circle] = np.roll(circle, 1)
     blind = score_captions([captions[index] for index in exchanged], [entry.captions for entry in entries])
     return Scored(scores, blind.values)
 

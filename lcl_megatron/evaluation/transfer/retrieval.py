@@ -219,7 +219,7 @@ class _Fitted:
         augmentation = CropAndFlip(encoder.image_size, self.seed, self.settings.crop_scale, flip=False)
         reader, device = PixelReader(self.train.images, augmentation), self.session.replicas.device
         loss = PreparedLoss(
-            lambda part: (*reader.read_good(part.indices, part.keys), self._tokens(part)),
+            lambda part: (*reader.read_good(part.indices, part.keys, encoder.image_size), self._tokens(part)),
             lambda _part, read: self._loss(model, read[0].to(device), read[1], read[2]),
         )
         return model, self._fit(model, loss, encoder.parameters())
