@@ -15,6 +15,7 @@ with the weights before the export gets its name.
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -61,8 +62,9 @@ class Measurement:
 
     @property
     def passed(self) -> bool:
-        """Whether every tensor was loaded and the outputs agree; NaN does not."""
-        within = self.max_abs_difference <= self.tolerance * max(1.0, self.largest_output)
+        """Whether every tensor was loaded and the outputs agree; NaN and infinite ones do not."""
+        largest = max(1.0, self.largest_output)
+        within = math.isfinite(largest) and self.max_abs_difference <= self.tolerance * largest
         return within and not self.missing_keys and not self.unexpected_keys
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -254,4 +255,10 @@ def _measurement(
         )
         for found, expected in pairs
     ]
-    return max(measured, key=lambda one: one.max_abs_difference / max(1.0, one.largest_output))
+    return max(measured, key=_badness)
+
+
+def _badness(one: Measurement) -> float:
+    """Return the difference as a share of the outputs; of NaN, to which nothing compares, infinity."""
+    share = one.max_abs_difference / max(1.0, one.largest_output)
+    return float("inf") if math.isnan(share) else share

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,8 +74,8 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is within the limit; NaN is not."""
-        return self.difference <= self.limit
+        """Whether the difference is within the limit; NaN and infinity are not, whatever the limit."""
+        return math.isfinite(self.difference) and self.difference <= self.limit
 
 
 @dataclass(frozen=True)
@@ -222,10 +223,15 @@ def check_released_file(path: str | Path, weights: ModelWeights, precision: Prec
 
 
 def largest_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """Return the largest absolute difference between tensors of the same names; infinity if names or shapes differ."""
+    """Return the largest absolute difference between tensors of the same names.
+
+    Infinity if names or shapes differ, or a value is NaN, even in both.
+    """
     if found.keys() != expected.keys() or any(found[name].shape != expected[name].shape for name in found):
         return float("inf")
-    return max(float((found[name].float() - expected[name].float()).abs().max()) for name in found)
+    differences = (float((found[name].float() - expected[name].float()).abs().max()) for name in found)
+    # NaN is larger than nothing, so that another tensor's difference would hide it.
+    return max(float("inf") if math.isnan(difference) else difference for difference in differences)
 
 
 def only_parts(weights: ModelWeights, parts: Sequence[str]) -> ModelWeights:

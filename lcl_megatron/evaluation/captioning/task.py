@@ -22,7 +22,7 @@ from lcl_megatron.evaluation.transfer.caption_sets import CaptionedSet
 from lcl_megatron.evaluation.transfer.fit import Curve, FitConfig
 from lcl_megatron.evaluation.transfer.image_sets import FolderImages, ImageSet
 from lcl_megatron.evaluation.transfer.results import MetricSummary, TaskResult, summarize, versions
-from lcl_megatron.evaluation.transfer.session import Mode, Session
+from lcl_megatron.evaluation.transfer.session import Mode, Session, digest
 from lcl_megatron.evaluation.vision_language.answering import answer_prompts
 from lcl_megatron.evaluation.vision_language.assembly import Assembled, Recipe, assemble, load_model, save_model
 from lcl_megatron.evaluation.vision_language.model import Generation, Part
@@ -168,6 +168,7 @@ def caption(
     scores: dict[str, dict[int, Scored]] = {test.name: {} for test in tests}
     recipe = Recipe(spec, language_model, settings.connector_layers, settings.max_length, settings.image_fit)
     drop_path_rate = settings.drop_path_rate if mode == "full" else 0.0
+    trained_on = session.replicas.from_first(digest(recipe, *train.contents(), drop_path_rate, settings.prompt))
     for seed in seeds:
         assembled = assemble(recipe, session.replicas.device, seed, drop_path_rate)
         if seed == seeds[0]:
@@ -182,7 +183,7 @@ def caption(
             settings.fit,
             session.replicas,
             seed=seed,
-            state_file=state_file(session.output, name, description),
+            state_file=state_file(session.output, name, description, trained_on),
         )
         if settings.save_model and session.replicas.is_first:
             save_model(assembled, session.output / "models" / name)
@@ -287,7 +288,10 @@ def score_test(entries: Sequence[CaptionedImage], captions: Sequence[str]) -> Sc
         chosen = [index for index, entry in enumerate(entries) if domain in ("", entry.domain)]
         references = [entries[index].captions for index in chosen]
         scores[domain] = score_captions([captions[index] for index in chosen], references)
-    exchanged = np.random.default_rng(0).permutation(len(entries))
+    # Each takes the caption of the next one in a random circle, so that none is on its own image.
+    circle = np.random.default_rng(0).permutation(len(entries))
+    exchanged = np.empty_like(circle)
+    exchanged[circle] = np.roll(circle, 1)
     blind = score_captions([captions[index] for index in exchanged], [entry.captions for entry in entries])
     return Scored(scores, blind.values)
 

@@ -40,7 +40,7 @@ from lcl_megatron.evaluation.transfer.frozen_features import open_features
 from lcl_megatron.evaluation.transfer.heads import AttentionPool
 from lcl_megatron.evaluation.transfer.image_sets import PixelReader
 from lcl_megatron.evaluation.transfer.results import TaskResult, UnitScores, summarize_units, versions
-from lcl_megatron.evaluation.transfer.session import Mode, Session
+from lcl_megatron.evaluation.transfer.session import Mode, Session, digest
 from lcl_megatron.evaluation.transfer.streams import TransferStream
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
@@ -224,7 +224,7 @@ class _Fitted:
         augmentation = CropAndFlip(encoder.image_size, self.seed, self.settings.crop_scale, flip=False)
         reader, device = PixelReader(self.train.images, augmentation), self.session.replicas.device
         loss = PreparedLoss(
-            lambda part: (*reader.read_good(part.indices, part.keys), self._tokens(part)),
+            lambda part: (*reader.read_good(part.indices, part.keys, encoder.image_size), self._tokens(part)),
             lambda _part, read: self._loss(model, read[0].to(device), read[1], read[2]),
         )
         return model, self._fit(model, loss, encoder.parameters())
@@ -242,9 +242,11 @@ class _Fitted:
 
     def _loss(self, model: TwoTowers, images: Tensor, is_good: Tensor | None, tokens: TokenBatch) -> LossSum:
         ids, lengths = (tensor.to(images.device) for tensor in tokens)
+        # CLIP's limit, on the parameter itself: a clamp in the graph would have no gradient beyond, and no way back.
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
         image_features, text_features = model(images, ids, lengths, self.settings.embed_at_once)
-        scale = model.logit_scale.clamp(max=MAX_LOGIT_SCALE)
-        total = self.session.replicas.contrast(image_features, text_features, scale, is_good)
+        total = self.session.replicas.contrast(image_features, text_features, model.logit_scale, is_good)
         return LossSum(total, len(ids) if is_good is None else float(is_good.sum()))
 
     def _fit(self, model: TwoTowers, loss: PreparedLoss, pretrained: Iterable[nn.Parameter]) -> Curve:
@@ -257,7 +259,13 @@ class _Fitted:
             self.session.replicas,
             seed=self.seed,
             pretrained=pretrained,
-            state_file=self.session.state_file(self.description, mode, self.seed),
+            state_file=self.session.state_file(self.description, mode, self.seed, self._trained_on()),
+        )
+
+    def _trained_on(self) -> str:
+        settings = self.settings
+        return digest(
+            "retrieval", *self.train.contents(), settings.drop_path_rate, settings.crop_scale, settings.tokenizer
         )
 
     @torch.no_grad()

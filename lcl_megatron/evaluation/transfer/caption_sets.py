@@ -51,6 +51,11 @@ class CaptionedSet:
         """Return N."""
         return len(self.captions)
 
+    def contents(self) -> tuple[object, ...]:
+        """Return names of images and captions: what makes it the set that it is."""
+        names = [self.images.name(index) for index in range(len(self.images))]
+        return self.source, names, list(self.captions)
+
 
 @dataclass(frozen=True)
 class JoinedImages:

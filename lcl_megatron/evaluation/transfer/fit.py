@@ -31,6 +31,10 @@ class DivergenceError(ValueError):
     """The loss is not finite any more."""
 
 
+class NothingToLearnError(ValueError):
+    """All examples of a step are left out."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FitConfig:
     """How the trainable parameters of a task are fitted; the defaults are what Tab. 8 has for all tasks, or torch's."""
@@ -175,7 +179,8 @@ def fit(
         The training curve, the same on every rank.
 
     Raises:
-        DivergenceError: the loss is not finite.
+        DivergenceError: the loss is not finite, or the last step's gradient was not.
+        NothingToLearnError: the weight of a whole step's examples is 0.
         ConfigError: the batch cannot be shared evenly, or nothing can be trained.
         OSError: the saved state is damaged or belongs to another fit.
 
@@ -186,6 +191,8 @@ def fit(
     module.train()
     for step_parts in run.parts():
         run.take_step(step_parts)
+        if run.step == config.steps:
+            run.check_end()
         is_due = config.save_interval and run.step % config.save_interval == 0
         if state_file is not None and (is_due or run.step == config.steps):
             run.save(state_file)
@@ -282,14 +289,19 @@ class _Fit:
             torch.autograd.backward(total)
             sums += torch.tensor([float(total.detach()), float(weight)], dtype=torch.float64)
         total_loss, total_weight = replicas.sum(sums).tolist()
-        mean = total_loss / total_weight if total_weight else 0.0
+        if total_weight == 0:
+            raise NothingToLearnError(
+                f"step {self.step + 1} of {config.steps} has nothing to learn from in its {config.batch_size} "
+                "examples: their images are damaged or missing, or their texts were cut off; check the training data"
+            )
+        mean = total_loss / total_weight
         if not math.isfinite(mean):
             raise DivergenceError(
                 f"the loss of step {self.step + 1} of {config.steps} is {mean}; lower fit.lr = {config.lr:g}, lengthen "
                 f"fit.warmup_steps = {config.warmup_steps}, or set fit.grad_clip = 1"
             )
         parameters = [parameter for _, parameter in self.trained]
-        replicas.sum_gradients(parameters, max(total_weight, 1e-12))
+        replicas.sum_gradients(parameters, total_weight)
         if config.grad_clip:
             nn.utils.clip_grad_norm_(parameters, config.grad_clip)
         factor = learning_rate_factor(config, self.step)
@@ -299,6 +311,14 @@ class _Fit:
         self.step += 1
         is_point = self.step % config.log_interval == 0 or self.step == config.steps
         self.log.add(self.step, mean, config.lr * factor, is_point)
+
+    def check_end(self) -> None:
+        """Raise DivergenceError unless all that was trained is finite: no further loss would tell."""
+        if bad := [name for name, value in self.trained if not bool(torch.isfinite(value).all())]:
+            raise DivergenceError(
+                f"{len(bad)} parameters are not finite after the last step, e.g. {bad[0]}; lower fit.lr = "
+                f"{self.config.lr:g}, or set fit.grad_clip = 1"
+            )
 
     @property
     def identity(self) -> str:

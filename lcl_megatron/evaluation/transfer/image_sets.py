@@ -224,19 +224,24 @@ class PixelReader:
         """
         return torch.stack(list(self._threads.map(self._pixels, *_arguments(indices, keys))))
 
-    def read_good(self, indices: np.ndarray, keys: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
+    def read_good(self, indices: np.ndarray, keys: np.ndarray | None = None, size: int = 0) -> tuple[Tensor, Tensor]:
         """Return pixels (n, 3, S, S), and (n,) bool where the image is good; bad ones are blank.
 
-        For training on images from the web, of which some are always damaged. The arguments are those of a call.
+        For training on images from the web, of which some are always damaged.
+
+        Args:
+            indices: see a call.
+            keys: see a call.
+            size: S of the blanks where no image is good, as in a small part of a batch; 0 = that is an error.
 
         Raises:
             DataError: no image is good; names the first.
         """
         found = list(self._threads.map(self._pixels_or_error, *_arguments(indices, keys)))
         pixels = [item for item in found if isinstance(item, Tensor)]
-        if not pixels:
+        if not pixels and not size:
             raise next(item for item in found if isinstance(item, DataError))
-        blank = torch.zeros_like(pixels[0])
+        blank = torch.zeros_like(pixels[0]) if pixels else torch.zeros(3, size, size, dtype=torch.uint8)
         is_good = torch.tensor([isinstance(item, Tensor) for item in found])
         return torch.stack([item if isinstance(item, Tensor) else blank for item in found]), is_good
 

@@ -144,6 +144,7 @@ def test_nan_and_lost_tensors_do_not_pass() -> None:
     assert not Measurement("x", 1.1e-5, 0.1).passed
     assert Measurement("x", 9e-5, 10.0).passed
     assert not Measurement("x", float("nan"), 1.0).passed
+    assert not Measurement("x", float("inf"), float("inf")).passed
     assert not Measurement("x", 0.0, 1.0, missing_keys=("a",)).passed
     assert not Measurement("x", 0.0, 1.0, unexpected_keys=("a",)).passed
 
@@ -227,3 +228,16 @@ def test_documents_of_the_check_fit_the_positions(
         assert batch.tokens[0, batch.context_slots].tolist() == [special.boi] * images
         assert int((batch.tokens == special.image).sum()) == 4 * images
         assert torch.isfinite(model.logits(batch)).all()
+
+
+def test_nan_in_one_of_several_outputs_is_found(transformers: ModuleType, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The projection of the text reaches its features only, which are not the first outputs that are compared."""
+    weights = random_weights(tiny_config({}, {"vocab_size": tokenizer.vocab_size}), tokenizer=tokenizer.model)
+    report = export_weights(weights, tmp_path / "export", include_whole_model=True)
+    file = tmp_path / "export" / "lcl" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["context_projection.weight"][0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    only = {"whole_model": report.folders["whole_model"]}
+    (measurement,) = measure(ExportReport({}, {}, only), weights, tmp_path / "export").values()
+    assert not measurement.passed

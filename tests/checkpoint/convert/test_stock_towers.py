@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lcl_megatron.checkpoint.convert.importing import Check, read_source, tower_source
+from lcl_megatron.checkpoint.convert.importing import Check, largest_difference, read_source, tower_source
 from lcl_megatron.checkpoint.convert.parity import tower_features
 from lcl_megatron.checkpoint.convert.stock_timm import timm_tower
 from lcl_megatron.checkpoint.convert.stock_tower import layernorm_epsilon
@@ -156,6 +156,15 @@ def test_weights_come_back_bit_by_bit_and_both_checks_see_a_change(built: tuple[
     assert changed["round_trip"].difference == pytest.approx(0.1, rel=1e-5)
     assert changed[library].difference > 100 * TOLERANCE
     assert not any(check.passed for check in changed.values())
+
+
+def test_nan_is_no_small_difference() -> None:
+    expected = {"a": torch.zeros(2), "b": torch.zeros(2)}
+    for name in expected:
+        found = expected | {name: torch.tensor([0.0, float("nan")])}
+        assert largest_difference(found, expected) == float("inf")
+    assert not Check(float("inf"), float("inf")).passed
+    assert not Check(float("nan"), 1.0).passed
 
 
 def _refusal(source: str) -> str:

@@ -109,6 +109,8 @@ def test_features_are_those_of_the_contrastive_loss(whole: Any, own: Reference, 
     first = int(batch.context_slots[0])
     text = whole.encode_text(batch.tokens[:, : first + 1])
     assert (text - normalize(context[:1], dim=-1)).abs().max() < 1e-6
+    with pytest.raises(ValueError, match=r"1 of 1 rows have no <BoI> \(id \d+\), at which a text is encoded"):
+        whole.encode_text(batch.tokens[:, :first])
 
 
 @torch.no_grad()

@@ -140,3 +140,13 @@ def test_results_of_several_test_sets_and_numbers_of_pairs(folder: Path, tmp_pat
     tests = [open_caption_test(path, folder / "images") for path in (folder / "test.json", other)]
     assert [(test.name, len(test.images)) for test in tests] == [("test", 8), ("other", 3)]
     assert np.array_equal([entry.image_id for entry in tests[1].entries], [20, 21, 22])
+
+
+@needs_java
+def test_chance_is_of_other_images_only() -> None:
+    captions = ["one red cat sleeps", "two blue dogs bark", "five green birds sing", "nine old men walk"]
+    entries = [CaptionedImage(number, f"{number}.png", (caption,)) for number, caption in enumerate(captions)]
+    scored = score_test(entries, captions)
+    assert scored.scores[""].values["BLEU-1"] == pytest.approx(1)
+    assert scored.chance["CIDEr"] == pytest.approx(0, abs=1e-9)
+    assert scored.chance["BLEU-1"] == pytest.approx(0, abs=1e-9)

@@ -60,7 +60,7 @@ def test_colours_are_told_apart(tmp_path: Path, splits: Any, mode: Any) -> None:
     assert last < 0.7 * first
     assert (result.mode, result.data["test_images"], result.data["classes"]) == (mode, 18, 3)
     assert result.encoder["fingerprint"] == load_encoder(ENCODER).fingerprint()
-    assert run(tmp_path, splits, mode).metrics == result.metrics
+    assert run(tmp_path / "again", splits, mode).metrics == result.metrics
 
 
 def test_features_that_are_not_stored_give_the_same(tmp_path: Path, splits: Any) -> None:
@@ -84,6 +84,16 @@ def test_full_transfer_trains_the_encoder_with_drop_path(tmp_path: Path, splits:
     fixed = dataclasses.replace(SETTINGS.fit, pretrained_lr=1e-12, weight_decay=0.0)
     untrained = run(tmp_path / "c", splits, "full", spec=deeper, fit=fixed)
     assert len({result.curves["0"].losses for result in (plain, dropping, untrained)}) == 3
+
+
+def test_a_saved_state_is_not_taken_up_for_other_labels_or_crops(tmp_path: Path, splits: Any) -> None:
+    short = dataclasses.replace(SETTINGS.fit, steps=3)
+    train, test = splits
+    first = run(tmp_path, splits, "full", fit=short).curves["0"].losses
+    mended = dataclasses.replace(train, labels=train.labels[::-1].copy())
+    assert run(tmp_path, (mended, test), "full", fit=short).curves["0"].losses != first
+    assert run(tmp_path, splits, "full", fit=short, crop_scale=(0.1, 0.2)).curves["0"].losses != first
+    assert run(tmp_path, splits, "full", fit=short).curves["0"].losses == first
 
 
 def test_crops_and_flips_are_the_key_s() -> None:

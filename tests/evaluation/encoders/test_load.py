@@ -181,6 +181,21 @@ def test_fingerprint_follows_weights_and_preprocessing() -> None:
     assert len({before, changed, encoder.fingerprint()}) == 3
 
 
+def test_fingerprint_follows_what_is_computed_from_the_same_weights() -> None:
+    """Features of one would otherwise be taken from the cache of the other; drop-path changes nothing there."""
+    stock_or_skip("timm")
+    spec = f"random:{SMALL_SPEC}"
+    variants = [f"{spec},act_layer='quick_gelu'", spec.replace("num_heads=2", "num_heads=4")]
+    plain = load_encoder(spec)
+    for variant in variants:
+        changed = load_encoder(variant)
+        for name, tensor in plain.model.state_dict().items():
+            assert torch.equal(changed.model.state_dict()[name], tensor)
+        assert not torch.equal(features_of(changed), features_of(plain))
+        assert changed.fingerprint() != plain.fingerprint()
+    assert load_encoder(spec, drop_path_rate=0.5).fingerprint() == plain.fingerprint()
+
+
 @pytest.mark.parametrize("kind", ["timm", "clip"])
 def test_drop_path_acts_in_training_only_and_keeps_the_mean(tmp_path: Path, kind: str) -> None:
     stock_or_skip("timm")

@@ -23,6 +23,7 @@ from lcl_megatron.evaluation.transfer.fit import (
     Draw,
     FitConfig,
     LossSum,
+    NothingToLearnError,
     PreparedLoss,
     draw,
     fit,
@@ -234,6 +235,28 @@ def test_a_loss_that_is_not_finite_is_an_error() -> None:
         return LossSum(total * (math.nan if part.step == 2 else 1), weight)
 
     with pytest.raises(DivergenceError, match=r"the loss of step 3 of 7 is nan; lower fit.lr = 0\.05"):
+        fit(module, loss, 30, CONFIG, ALONE)
+
+
+def test_a_last_gradient_that_is_not_finite_is_an_error() -> None:
+    """Its loss is finite, and there is no other loss behind it."""
+    module = new_module()
+
+    def loss(part: Draw) -> LossSum:
+        total, weight = loss_of(module)(part)
+        return LossSum(total + (0.0 * total).sqrt() if part.step == CONFIG.steps - 1 else total, weight)
+
+    with pytest.raises(DivergenceError, match=r"4 parameters are not finite after the last step, e\.g\. 0\.weight"):
+        fit(module, loss, 30, CONFIG, ALONE)
+
+
+def test_a_step_without_anything_to_learn_is_an_error() -> None:
+    module = new_module()
+
+    def loss(part: Draw) -> LossSum:
+        return LossSum(0.0 * module(INPUTS[part.indices]).sum(), 8.0 * (part.step < 2))
+
+    with pytest.raises(NothingToLearnError, match="step 3 of 7 has nothing to learn from in its 8 examples"):
         fit(module, loss, 30, CONFIG, ALONE)
 
 

@@ -127,3 +127,5 @@ def test_damaged_images_are_named_or_left_out(tmp_path: Path) -> None:
     assert torch.equal(pixels[2], PREPROCESSING(DATA[2]))
     with pytest.raises(DataError, match=r"b\.png"):
         reader.read_good(np.array([1]))
+    pixels, is_good = reader.read_good(np.array([1]), size=8)
+    assert (pixels.shape, int(pixels.sum()), is_good.tolist()) == ((1, 3, 8, 8), 0, [False])
