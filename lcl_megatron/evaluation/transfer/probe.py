@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lcl_megatron.evaluation.encoders.load import load_encoder
 from lcl_megatron.evaluation.probes import Accuracy, Examples, probe_encoder
-from lcl_megatron.evaluation.transfer.frozen import open_features
-from lcl_megatron.evaluation.transfer.image_sets import ImageSet
+from lcl_megatron.evaluation.transfer.frozen import LiveFeatures
+from lcl_megatron.evaluation.transfer.image_sets import ImageSet, PixelReader
 from lcl_megatron.evaluation.transfer.labelled_sets import LabelledSet
 from lcl_megatron.evaluation.transfer.results import TaskResult, UnitScores, summarize_units, versions
 from lcl_megatron.evaluation.transfer.session import Session
@@ -37,13 +37,15 @@ def probe(spec: str, train: LabelledSet, test: LabelledSet, session: Session) ->
     """
     begin = time.monotonic()
     encoder = load_encoder(spec).to(session.replicas.device).requires_grad_(False)
-    session.say(f"{encoder.name}: probes on {len(train.images):,} images")
+    session.say(f"{encoder.name}: probes fitted on {len(train.images):,} images, scored on {len(test.images):,}")
 
     def examples(split: LabelledSet) -> Examples:
         return Examples(_mean_features(split.images), torch.from_numpy(split.labels))
 
     def _mean_features(images: ImageSet) -> Tensor:
-        source = open_features(encoder, images, session, "fp32", max_cache_gib=0)
+        # Every feature is needed once: nothing is gained by storing them.
+        reader = PixelReader(images, lambda data, _key: encoder.preprocessing(data))
+        source = LiveFeatures(encoder, reader, "fp32")
         share = session.replicas.share(len(images))
         found = [torch.zeros(0, encoder.width, device=session.replicas.device)]
         for first in range(share.start, share.stop, BATCH_SIZE):
