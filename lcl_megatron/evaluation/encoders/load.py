@@ -117,8 +117,8 @@ def _model_type(folder: Path) -> Any:
         return json.loads(config.read_text(encoding="utf-8")).get("model_type")
     except FileNotFoundError:
         raise EncoderError(
-            f"encoder {str(folder)!r}: {config} is missing; give an exported folder (a training checkpoint becomes one by "
-            "tools/convert_checkpoint.py export CHECKPOINT FOLDER)"
+            f"encoder {str(folder)!r}: {config} is missing; give an exported folder (a training checkpoint becomes one "
+            "by tools/convert_checkpoint.py export CHECKPOINT FOLDER)"
         ) from None
     except (ValueError, AttributeError) as error:
         raise EncoderError(f"encoder {str(folder)!r}: {config} is no JSON object ({error}); export it again") from None
