@@ -271,7 +271,9 @@ def test_what_cannot_be_loaded_is_explained(spec: str, message: str) -> None:
 
 
 def test_bad_folders_are_explained(tmp_path: Path) -> None:
-    with pytest.raises(EncoderError, match=r"config.json is missing; give an exported folder \(a training checkpoint becomes"):
+    with pytest.raises(
+        EncoderError, match=r"config.json is missing; give an exported folder \(a training checkpoint becomes"
+    ):
         load_encoder(str(tmp_path))
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(EncoderError, match="is no JSON object"):
