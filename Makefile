@@ -1,6 +1,7 @@
 # make setup        a virtual environment in .venv with pinned versions, without a GPU
-# make extras       DALI (CPU), ray, webdataset on top: 1 GB; the tests that need them run then
+# make extras       stock libraries (timm, transformers, ...), DALI (CPU), ray on top: 1 GB; the tests that need them run then
 # make quickstart   pre-train and probe a tiny encoder on this machine
+# make collapse     what the contrastive loss is for: five objectives on digits, three seeds (an hour of CPU time)
 # make check        what has to pass before a change is proposed: lint and test
 # make bench        all benchmarks that need no GPU; writes their figures into docs/BENCHMARKS.md
 #                   (BENCH_FLAGS="--data-path CORPUS" measures a corpus of your own)
@@ -17,10 +18,13 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 # Wheels of torch without CUDA (200 MB instead of 3 GB). Used only if it answers; empty = do not ask.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 ANSWERS := import sys, urllib.request; urllib.request.urlopen(sys.argv[1] + "/torch/", timeout=10)
+# Sets $$index for pip. torchvision too must come from where torch came from, or its compiled part cannot be loaded.
+ASK_INDEX = index=""; if test -n "$(TORCH_INDEX)" && \
+	$(BIN)/python -c '$(ANSWERS)' "$(TORCH_INDEX)" 2>/dev/null; then index="--extra-index-url $(TORCH_INDEX)"; fi
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup extras quickstart test lint format check bench gpu-check clean
+.PHONY: setup extras quickstart collapse test lint format check bench gpu-check clean
 
 setup: $(VENV)/.installed
 
@@ -29,18 +33,19 @@ $(VENV)/.installed: requirements/cpu.txt setup.py
 		"make setup PYTHON=/path/to/python3.12"; exit 1; }
 	@echo "setup: $(VENV) with $$($(PYTHON) --version), a minute or more"
 	@$(PYTHON) -m venv $(VENV)
-	@index=""; if test -n "$(TORCH_INDEX)" && $(BIN)/python -c '$(ANSWERS)' "$(TORCH_INDEX)" 2>/dev/null; then \
-		index="--extra-index-url $(TORCH_INDEX)"; fi; \
-	$(BIN)/pip install --quiet --quiet $$index --requirement requirements/cpu.txt
+	@$(ASK_INDEX); $(BIN)/pip install --quiet --quiet $$index --requirement requirements/cpu.txt
 	@$(BIN)/pip install --quiet --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 	@echo "setup: done; activate with  . $(BIN)/activate"
 
 extras: setup
-	@$(BIN)/pip install --quiet --quiet --requirement requirements/extras.txt
+	@$(ASK_INDEX); $(BIN)/pip install --quiet --quiet $$index --requirement requirements/extras.txt
 
 quickstart: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart.sh
+
+collapse: setup
+	OMP_NUM_THREADS=1 $(BIN)/python examples/experiments/collapse/run.py --data digits --preset small --output runs/collapse
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet

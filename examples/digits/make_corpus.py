@@ -11,6 +11,10 @@ slant, background and noise, so that an untrained encoder cannot tell digits apa
 announced, in varied words, by the sentences before them. An encoder that learns to tell which image fits the text so
 far has learned to read digits, without having seen a label.
 The same arguments give the same files.
+
+How much the text gives away is a choice. ``--announced 1`` is *redundant*: whatever is said after an image has been
+said before it, and a language model need not look. ``--announced 0 --captioned 0 --followed-up 1`` is *descriptive*:
+the digit is named once, behind the image, and only the image foretells it.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 from PIL import Image
-from sentences import announcement, caption, closing, filler, follow_up, opening
+from sentences import ANNOUNCED, CAPTIONED, announcement, caption, closing, filler, follow_up, opening
 from sklearn.datasets import load_digits
 
 IMAGE_SIZE = 48
@@ -49,8 +53,20 @@ class DigitsConfig:
     """Documents in one zip file."""
     junk_share: float = 0.05
     """Share of unrelated pictures with a low similarity, as in real data."""
+    announced: float = ANNOUNCED
+    """Share of images whose digit the sentence before them names."""
+    captioned: float = CAPTIONED
+    """Share of images whose digit the sentence names that they are matched to, which stands before or after them."""
+    followed_up: float = CAPTIONED
+    """Share of images whose digit the sentence after them names."""
     seed: int = 0
     """Seed of everything."""
+
+    def __post_init__(self) -> None:
+        for name in ("announced", "captioned", "followed_up"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} = {value} is outside [0, 1]; it is a share of images")
 
 
 def draw_digit(scan: np.ndarray, rng: np.random.Generator) -> Image.Image:
@@ -114,7 +130,9 @@ def draw_splits(config: DigitsConfig, folder: Path) -> list[tuple[str, str, int]
     return rows
 
 
-def compose_document(images: list[tuple[str, int | None]], rng: np.random.Generator) -> dict[str, object]:
+def compose_document(
+    images: list[tuple[str, int | None]], rng: np.random.Generator, config: DigitsConfig
+) -> dict[str, object]:
     """Return an MMC4 record around images (name, digit; None for junk).
 
     Each image comes with three sentences: one that announces it, one that it is matched to (a training row shows
@@ -127,7 +145,7 @@ def compose_document(images: list[tuple[str, int | None]], rng: np.random.Genera
             texts += [filler(rng), filler(rng)]
         else:
             similarity = rng.uniform(0.25, 0.4)
-            texts += [announcement(digit, rng), caption(digit, rng)]
+            texts += [announcement(digit, rng, config.announced), caption(digit, rng, config.captioned)]
         infos.append(
             {
                 "image_name": name,
@@ -137,7 +155,7 @@ def compose_document(images: list[tuple[str, int | None]], rng: np.random.Genera
             }
         )
         if digit is not None:
-            texts.append(follow_up(digit, rng))
+            texts.append(follow_up(digit, rng, config.followed_up))
         texts += [filler(rng) for _ in range(rng.integers(0, 2))]
     texts.append(closing(rng))
     return {"text_list": texts, "image_info": infos}
@@ -157,7 +175,7 @@ def compose_documents(config: DigitsConfig, rows: list[tuple[str, str, int]], fo
         deck = [deck[index] for index in rng.permutation(len(deck))]
         while deck:
             count = int(rng.choice(len(IMAGES_PER_DOCUMENT), p=IMAGES_PER_DOCUMENT)) + 1
-            documents.append(compose_document(deck[:count], rng))
+            documents.append(compose_document(deck[:count], rng, config))
             deck = deck[count:]
     return documents
 

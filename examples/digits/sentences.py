@@ -67,19 +67,19 @@ VERBS = ("keeps", "sorts", "likes", "measures", "forgets", "repairs", "collects"
 OBJECTS = ("the letters", "thin paper", "blue ink", "wooden frames", "long lists", "every stamp", "the morning post")
 
 
-def announcement(digit: int, rng: np.random.Generator) -> str:
-    """Return the sentence before an image; names the digit most of the time."""
-    return _about(digit, ANNOUNCEMENTS if rng.random() < ANNOUNCED else OPEN_ANNOUNCEMENTS, rng)
+def announcement(digit: int, rng: np.random.Generator, named: float = ANNOUNCED) -> str:
+    """Return the sentence before an image; names the digit with the probability ``named``."""
+    return _about(digit, ANNOUNCEMENTS if rng.random() < named else OPEN_ANNOUNCEMENTS, rng)
 
 
-def caption(digit: int, rng: np.random.Generator) -> str:
-    """Return the sentence that an image is matched to; names the digit more often than not."""
-    return _about(digit, CAPTIONS if rng.random() < CAPTIONED else OPEN_CAPTIONS, rng)
+def caption(digit: int, rng: np.random.Generator, named: float = CAPTIONED) -> str:
+    """Return the sentence that an image is matched to; names the digit with the probability ``named``."""
+    return _about(digit, CAPTIONS if rng.random() < named else OPEN_CAPTIONS, rng)
 
 
-def follow_up(digit: int, rng: np.random.Generator) -> str:
-    """Return a sentence after an image; names the digit more often than not."""
-    return _about(digit, FOLLOW_UPS if rng.random() < CAPTIONED else OPEN_FOLLOW_UPS, rng)
+def follow_up(digit: int, rng: np.random.Generator, named: float = CAPTIONED) -> str:
+    """Return a sentence after an image; names the digit with the probability ``named``."""
+    return _about(digit, FOLLOW_UPS if rng.random() < named else OPEN_FOLLOW_UPS, rng)
 
 
 def opening(rng: np.random.Generator) -> str:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import lcl_megatron
@@ -34,6 +34,7 @@ from lcl_megatron.checkpoint.folders import CheckpointError, commit_folder
 from lcl_megatron.checkpoint.model_card import Card, card_text
 from lcl_megatron.checkpoint.parameters import PARTS
 from lcl_megatron.checkpoint.stock_libraries import stock_library
+from lcl_megatron.checkpoint.tensor_files import write_tensors
 from lcl_megatron.checkpoint.weights import WEIGHTS_FILE, ModelWeights
 from lcl_megatron.config import RunConfig
 from lcl_megatron.config.toml import to_toml
@@ -166,7 +167,7 @@ def _write_all(
         folders={target.name: _write_target(target, source, folder) for target in wanted},
     )
     heads = {name: weights.state[name].contiguous() for name in whole_model.head_names(weights.config)}
-    save_file(heads, folder / HEADS_FILE, metadata={"format": "pt"})
+    write_tensors(heads, folder / HEADS_FILE)
     card = Card(weights, {name: part.skipped for name, part in report.folders.items()}, metrics)
     (folder / "README.md").write_text(card_text(card), encoding="utf-8")
     write_report(report, folder)
@@ -195,8 +196,7 @@ def _write_target(target: Target, source: ExportSource, root: Path) -> FolderRep
     folder.mkdir(exist_ok=True)
     for name, text in target.files(source).items():
         (folder / name).write_text(text, encoding="utf-8")
-    # transformers reads only files that say in which framework they were made.
-    save_file(target.tensors(source.weights.state, config), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    write_tensors(target.tensors(source.weights.state, config), folder / WEIGHTS_FILE)
     restored = target.restore(load_file(folder / WEIGHTS_FILE), config)
     difference = _difference(restored, target.prepare(source.weights.state), config)
     if difference > 0:

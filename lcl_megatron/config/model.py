@@ -141,12 +141,15 @@ class LanguageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """L = generation_loss_weight * L_gen + contrastive_loss_weight * L_con."""
+    """L = generation_loss_weight * L_gen + contrastive_loss_weight * L_con + latent_regression_loss_weight * L_reg."""
 
     contrastive_loss_weight: float = 0.1
     """Weight lambda of the contrastive loss. 0 = generation only."""
     generation_loss_weight: float = 1.0
     """Weight of the next-token loss. 0 = contrast only."""
+    latent_regression_loss_weight: float = 0.0
+    """Weight of the regression of image latents from what precedes them (Emu's objective, a baseline that collapses).
+    0 = off, at no cost. Needs ``pipeline_model_parallel_size`` 1."""
     contrastive_scope: Literal["micro_batch"] = "micro_batch"
     """Which images are each other's negatives: those of one micro-batch on all data-parallel ranks."""
     contrastive_tile_size: int = 4096
@@ -159,11 +162,11 @@ class LossConfig:
     """Text targets whose logits exist at one time, in tokens."""
 
     def __post_init__(self) -> None:
-        weights = (self.contrastive_loss_weight, self.generation_loss_weight)
+        weights = (self.contrastive_loss_weight, self.generation_loss_weight, self.latent_regression_loss_weight)
         require(
             min(weights) >= 0 and sum(weights) > 0,
-            f"loss.contrastive_loss_weight, loss.generation_loss_weight = {weights}; "
-            "weights must not be negative, and at least one must be positive",
+            "loss.contrastive_loss_weight, loss.generation_loss_weight, loss.latent_regression_loss_weight = "
+            f"{weights}; weights must not be negative, and at least one must be positive",
         )
         require_positive(self, "loss", "contrastive_tile_size", "cross_entropy_chunk_size")
         require(

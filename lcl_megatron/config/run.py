@@ -26,6 +26,9 @@ class DataConfig:
     view: tuple[Literal["interleaved", "pairs"], ...] = ("interleaved",)
     """What a document is, for each corpus or for all: ``interleaved`` = as its source wrote it; ``pairs`` = every image
     with the sentence that it is matched to (MMC4-Pair)."""
+    pair_placement: Literal["random", "text_first"] = "random"
+    """Where the image of a pair stands: ``random`` = before or after its sentence, with probability 1/2 each;
+    ``text_first`` = after it, so that every pair is contrasted (CLIP: with ``--generation-loss-weight 0``)."""
     tokenizer_model: str = ""
     """SentencePiece model; empty = the copy inside the corpus. Another tokenizer than the corpora's is refused."""
     seq_length: int = 2048
@@ -87,6 +90,11 @@ class DataConfig:
         require(
             self.layout != "window" or "pairs" not in self.view,
             "data.layout = 'window' cuts documents where rows end; pairs are packed whole: choose packed or pad",
+        )
+        require(
+            self.pair_placement == "random" or "pairs" in self.view,
+            f"data.pair_placement = {self.pair_placement!r} places the images of pairs, and data.view = {self.view} "
+            "has none: add --view pairs, or leave --pair-placement out",
         )
         scale, ratio = self.crop_scale, self.crop_ratio
         require(

@@ -76,6 +76,15 @@ def read_sections(text: str, source: str) -> SectionValues:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{source}: not valid TOML: {error}") from error
+    return sections_of(tables, source)
+
+
+def sections_of(tables: Mapping[str, Any], source: str) -> SectionValues:
+    """Return the values that parsed TOML sets, for files that hold more than a configuration; see ``read_sections``.
+
+    Raises:
+        ConfigError: a section or field is unknown, or a value does not fit.
+    """
     values: SectionValues = {}
     for section, table in tables.items():
         if section not in section_types():

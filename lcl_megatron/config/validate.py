@@ -129,6 +129,13 @@ def _check_pipeline(config: RunConfig) -> None:
         f"layers, {language} language layers, patch embedding, pool, token embedding, heads); a stage needs at least "
         f"one: set --pipeline-model-parallel-size to at most {pieces}",
     )
+    weight = config.loss.latent_regression_loss_weight
+    require(
+        weight == 0 or stages == 1,
+        f"loss.latent_regression_loss_weight = {weight} with parallel.pipeline_model_parallel_size = {stages}: image "
+        "latents do not travel to the last stage, where they would be compared with the language model's outputs; set "
+        "--pipeline-model-parallel-size 1, or --latent-regression-loss-weight 0",
+    )
 
 
 def _check_sequence(config: RunConfig) -> None:

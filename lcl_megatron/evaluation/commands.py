@@ -124,13 +124,13 @@ def table(results: list[Path], output: Path | None = None) -> None:
 
     Args:
         results: Folders or results.json files.
-        output: Folder for the merged results.json, results.md and results.png; without it the table is printed.
+        output: Folder for the merged results.json, results.md and results.png; without it the table is only printed.
     """
     merged = merge_results(results)
-    if output is None:
-        print(markdown_table(merged))  # noqa: T201 - what the user asked for
-    else:
+    print(markdown_table(merged))  # noqa: T201 - what the user asked for
+    if output is not None:
         write_results(merged, output)
+        print(f"wrote {output}/results.json, results.md and results.png")  # noqa: T201
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

@@ -35,7 +35,7 @@ class Activations:
     patches_T1C: Tensor | None = None
     """Patch features between vision pieces; this rank's rows under sequence parallelism."""
     latents_NLH: Tensor | None = None
-    """Image latents between the pool and the token embedding."""
+    """Image latents between the pool and the token embedding; to the heads where they are regressed."""
     pooled_ND: Tensor | None = None
     """Global image latents, from the pool to the heads."""
     hidden_T1H: Tensor | None = None
@@ -54,6 +54,8 @@ class LCLOutput:
     """(N, D) the LM's output at the ``<BoI>`` before each image, normalised and projected."""
     logit_scale: Tensor
     """Scalar float32, log of the inverse temperature."""
+    latent_errors_N: Tensor | None = None
+    """(N,) float32, mean squared error of each image slot's latents; None while their regression is off."""
 
 
 class LCLModel(MegatronModule):
@@ -118,7 +120,9 @@ class LCLModel(MegatronModule):
             hidden_T1H = language.embed(batch, present(state.latents_NLH))
         else:
             hidden_T1H = present(state.hidden_T1H)
-        return Activations(hidden_T1H=language.decode(hidden_T1H, batch), pooled_ND=state.pooled_ND)
+        hidden_T1H = language.decode(hidden_T1H, batch)
+        latents_NLH = state.latents_NLH if self._regresses_latents else None
+        return Activations(latents_NLH=latents_NLH, pooled_ND=state.pooled_ND, hidden_T1H=hidden_T1H)
 
     def _finish(self, batch: PackedBatch, state: Activations) -> LCLOutput:
         """Compute token losses and context features; a micro-batch without targets has one loss of weight 0."""
@@ -133,7 +137,30 @@ class LCLModel(MegatronModule):
         context_ND = heads.context_features(context_hidden_NH)
         if not has_targets:
             losses_K = losses_K * 0.0
-        return LCLOutput(losses_K, present(state.pooled_ND), context_ND, present(self.logit_scale)[0])
+        errors_N = self._latent_errors(batch, state) if self._regresses_latents else None
+        return LCLOutput(losses_K, present(state.pooled_ND), context_ND, present(self.logit_scale)[0], errors_N)
+
+    @property
+    def _regresses_latents(self) -> bool:
+        return self.run_config.loss.latent_regression_loss_weight > 0
+
+    def _latent_errors(self, batch: PackedBatch, state: Activations) -> Tensor:
+        """Return how far each image's latents are from what the language model expected in their place, (N,) float32.
+
+            error_n = 1 / (L H) sum_l || head(h[b_n + l]) - latent_{n,l} ||^2,    l = 0 .. L - 1
+
+        b_n is the position of the image's ``<BoI>``, h the LM's output and ``head`` the context head: what has been
+        read up to ``<BoI>`` foretells the first latent, what has been read up to a latent the next one. The gradient
+        flows to both sides, prediction and latent, as in Eq. (2) of the paper: the encoder may make its latents easy
+        to foretell, and does, by making them all alike.
+        """
+        language, latents_NLH = present(self.language), present(state.latents_NLH)
+        num_latents = latents_NLH.shape[1]
+        offsets_L = torch.arange(num_latents, device=batch.context_slots.device)
+        positions = (batch.context_slots[:, None] + offsets_L).flatten()
+        hidden = language.edge.pick_rows(present(state.hidden_T1H), positions)
+        predicted_NLH = present(language.heads).context_features(hidden).unflatten(0, (-1, num_latents))
+        return (predicted_NLH.float() - latents_NLH.float()).square().mean(dim=(1, 2))
 
     def target_logits(self, batch: PackedBatch) -> Tensor:
         """Return logits (K, V) float32 of every text target; for inspection, needs the whole model."""

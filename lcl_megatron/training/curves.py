@@ -63,6 +63,7 @@ PANELS = (
     Panel("Generation loss", "nats per text token", (("loss/generation", ""),)),
     Panel("Contrastive loss", "nats per pair", (("loss/contrastive", ""),),
           guess=("contrast/num_negatives", _guessing_loss)),
+    Panel("Latent regression loss", "mean squared error", (("loss/latent_regression", ""),)),
     Panel("Total loss", "nats", (("loss/total", ""),)),
     Panel("Retrieval within the batch", "top-1 accuracy, %",
           (("contrast/image_to_context_accuracy", "image to context"),

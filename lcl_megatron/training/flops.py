@@ -84,13 +84,15 @@ def pool_forward_flops(config: RunConfig) -> float:
     """Return the forward FLOPs of one image in the attention pool and of its context in the context head.
 
     Keys and values of every patch, attention of the one learned query, output projection of every latent and of the
-    pooled latent. The projection of the query itself is shared by all images of a micro-batch and not counted.
+    pooled latent. The projection of the query itself is shared by all images of a micro-batch and not counted. The
+    context head is applied once, and once more for every latent that is regressed.
     """
     latents, width, hidden = config.vision.num_patches, config.vision.hidden_size, config.language.hidden_size
     keys_and_values = 2 * latents * 2 * width * hidden
     attention = 4 * latents * hidden
     output = 2 * (latents + 1) * hidden**2
-    context_head = 2 * hidden**2
+    regressed = latents if config.loss.latent_regression_loss_weight > 0 else 0
+    context_head = 2 * (1 + regressed) * hidden**2
     return float(keys_and_values + attention + output + context_head)
 
 

@@ -31,6 +31,8 @@ _FEATURE_NAMES = (
     "contrast/logit_scale",
 )
 _FEATURES = len(_FEATURE_NAMES)
+_SUMS = 5
+"""Generation loss, contrastive loss, hits in both directions, latent regression."""
 
 
 class Meter:
@@ -47,7 +49,7 @@ class Meter:
         self.data_wait_s = 0.0
         self.steps = self.images = self.tokens = self.pairs = 0
         self.flops = 0.0
-        self.sums = torch.zeros(4, device=self.run.engine.device)
+        self.sums = torch.zeros(_SUMS, device=self.run.engine.device)
         self.result: StepResult | None = None
 
     def add(self, result: StepResult, batch: StepBatch, data_wait_s: float) -> None:
@@ -67,10 +69,10 @@ class Meter:
         self.flops += layout_flops(self.run.config, layout)
         self.result = result
         for losses in result.losses:
-            contrast = losses.contrast
-            self.sums += torch.stack(
-                [losses.generation_loss, losses.contrastive_loss, contrast.image_hits, contrast.context_hits]
-            )
+            contrast, regression = losses.contrast, losses.latent_regression_loss
+            regression = losses.generation_loss.new_zeros(()) if regression is None else regression
+            hits = [contrast.image_hits, contrast.context_hits]
+            self.sums += torch.stack([losses.generation_loss, losses.contrastive_loss, *hits, regression])
 
     def report(self, bad_images: int) -> dict[str, float]:
         """Return the metrics since the last report, and start anew; collective over all ranks.
@@ -107,7 +109,10 @@ class Meter:
             "data/consumed_images": run.progress.consumed_images,
             "data/fill": self.tokens / self._positions(),
         }
-        metrics |= dict(zip(_FEATURE_NAMES, (value / ranks for value in totals[4:]), strict=True))
+        metrics |= dict(zip(_FEATURE_NAMES, (value / ranks for value in totals[_SUMS:]), strict=True))
+        if weights.latent_regression_loss_weight > 0:
+            metrics["loss/latent_regression"] = totals[4] / self.steps
+            metrics["loss/total"] += weights.latent_regression_loss_weight * metrics["loss/latent_regression"]
         utilization = model_flops_utilization(self.flops, seconds, run.engine.groups.world_size, self.peak_flops)
         if utilization is not None:
             metrics["perf/model_flops_utilization"] = utilization

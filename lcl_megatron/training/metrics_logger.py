@@ -47,6 +47,7 @@ def _si(value: float) -> str:
 _COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("loss/generation", "gen", "{:6.3f}".format),
     ("loss/contrastive", "con", "{:6.3f}".format),
+    ("loss/latent_regression", "reg", "{:7.4f}".format),
     ("loss/total", "loss", "{:6.3f}".format),
     ("contrast/image_to_context_accuracy", "i2c", "{:6.1%}".format),
     ("contrast/context_to_image_accuracy", "c2i", "{:6.1%}".format),

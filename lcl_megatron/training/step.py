@@ -1,13 +1,14 @@
 """One optimizer step: agree, forward and backward through the pipeline, update.
 
-    L = w_gen * sum(token losses) / targets + w_con * sum(pair losses) / pairs
+    L = w_gen * sum(token losses) / targets + w_con * sum(pair losses) / pairs + w_reg * sum(latent errors) / pairs
 
-Both sums and both counts are over the *global* batch: all data-parallel ranks, all micro-batches. Each micro-batch
+All sums and counts are over the *global* batch: all data-parallel ranks, all micro-batches. Each micro-batch
 divides by the global counts, gradients are summed, and so loss and gradient do not depend on the layout.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -38,6 +39,8 @@ class LossOutput:
     """Retrieval hits and features."""
     logit_scale: Tensor
     """Scalar, log of the inverse temperature."""
+    latent_regression_loss: Tensor | None = None
+    """Scalar: this share of the global mean over pairs; None while the regression is off."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,17 @@ class Objective:
         )
         contrastive = contrast.loss_sum / max(1, self.agreed.num_pairs)
         total = self.loss.generation_loss_weight * generation + self.loss.contrastive_loss_weight * contrastive
-        return total, LossOutput(generation.detach(), contrastive.detach(), contrast, output.logit_scale.detach())
+        parts = LossOutput(generation.detach(), contrastive.detach(), contrast, output.logit_scale.detach())
+        if output.latent_errors_N is None:
+            return total, parts
+        regression = self._latent_regression(micro_batch, output.latent_errors_N)
+        total = total + self.loss.latent_regression_loss_weight * regression
+        return total, dataclasses.replace(parts, latent_regression_loss=regression.detach())
+
+    def _latent_regression(self, micro_batch: int, errors_N: Tensor) -> Tensor:
+        """Return this micro-batch's share of the mean error over the images that are contrasted."""
+        is_pair_N = self.agreed.micro_batches[micro_batch].pair_mask.to(errors_N.device)
+        return errors_N.masked_fill(~is_pair_N, 0.0).sum() / max(1, self.agreed.num_pairs)
 
 
 def train_step(run: Run, batch: StepBatch) -> StepResult:

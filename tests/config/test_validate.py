@@ -106,6 +106,16 @@ def test_default_config_is_valid_on_any_fitting_number_of_processes() -> None:
             ["29 stages", "28 pieces", "12 vision layers", "at most 28"],
         ),
         (
+            {"parallel__pipeline_model_parallel_size": 2, "loss__latent_regression_loss_weight": 0.5},
+            2,
+            [
+                "loss.latent_regression_loss_weight = 0.5",
+                "parallel.pipeline_model_parallel_size = 2",
+                "do not travel to the last stage",
+                "--pipeline-model-parallel-size 1",
+            ],
+        ),
+        (
             {"data__seq_length": 2049},
             1,
             ["data.seq_length = 2049", "language.max_position_embeddings = 2048", "shorten --seq-length"],
@@ -177,6 +187,7 @@ def test_batch_arithmetic() -> None:
         (LanguageConfig, {"max_position_embeddings": 0}, "language.max_position_embeddings = 0"),
         (LossConfig, {"contrastive_loss_weight": -0.1}, "weights must not be negative"),
         (LossConfig, {"contrastive_loss_weight": 0, "generation_loss_weight": 0}, "at least one must be positive"),
+        (LossConfig, {"latent_regression_loss_weight": -1.0}, "weights must not be negative"),
         (LossConfig, {"contrastive_tile_size": 0}, "loss.contrastive_tile_size = 0"),
         (LossConfig, {"logit_scale_init": 5.0}, "loss.logit_scale_init = 5.0 is outside [0, "),
         (DataConfig, {"seq_length": 1}, "data.seq_length = 1"),
@@ -193,6 +204,7 @@ def test_batch_arithmetic() -> None:
         (DataConfig, {"view": ("pairs", "pairs")}, "data.view has 2 entries for 0 corpora"),
         (DataConfig, {"data_path": ("a",), "mixture_weights": (0.0,)}, "every weight must be positive"),
         (DataConfig, {"layout": "window", "view": ("pairs",)}, "pairs are packed whole: choose packed or pad"),
+        (DataConfig, {"pair_placement": "text_first"}, "has none: add --view pairs, or leave --pair-placement out"),
         (DataConfig, {"num_workers": -1}, "data.num_workers = -1; it must not be negative"),
         (DataConfig, {"crop_scale": (0.9, 1.1)}, "data.crop_scale = (0.9, 1.1)"),
         (DataConfig, {"crop_ratio": (2.0, 1.0)}, "data.crop_ratio = (2.0, 1.0)"),

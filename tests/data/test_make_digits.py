@@ -134,6 +134,38 @@ def test_text_before_an_image_names_its_digit_most_of_the_time(digits: Path):
     assert announced / total == pytest.approx(0.95, abs=0.03)
 
 
+@pytest.mark.parametrize(
+    ("flags", "before", "after"),
+    [(("--announced", "1"), 1.0, 0.9), (("--announced", "0", "--captioned", "0", "--followed-up", "1"), 0.0, 1.0)],
+    ids=["redundant", "descriptive"],
+)
+def test_what_the_text_gives_away_can_be_chosen(
+    digits: Path, tmp_path: Path, flags: tuple[str, ...], before: float, after: float
+):
+    done = make(tmp_path / "digits", *SMALL, *flags)
+    assert done.returncode == 0, done.stderr
+    label = {row["image_name"]: int(row["label"]) for row in read_labels(digits)}
+    named_before, named_after = [], []
+    for document in read_documents(tmp_path / "digits"):
+        for info in document["image_info"]:
+            index, texts = info["matched_text_index"], document["text_list"]
+            if info["image_name"] in label:
+                digit = {label[info["image_name"]]}
+                named_before.append(named_digits(" ".join(texts[index - 1 : index + ("0" in flags)])) == digit)
+                named_after.append(named_digits(texts[index + 1]) == digit)
+    assert sum(named_before) / len(named_before) == before
+    assert sum(named_after) / len(named_after) == pytest.approx(after, abs=0.03)
+    # The same images as in the default documents.
+    images = tree_hash(tmp_path / "digits" / "images")
+    assert {name for name in images if not name.startswith("junk")} <= tree_hash(digits / "images").keys()
+
+
+def test_a_share_outside_0_to_1_is_refused(tmp_path: Path):
+    done = make(tmp_path / "digits", "--announced", "1.5")
+    assert done.returncode != 0
+    assert "announced = 1.5 is outside [0, 1]" in " ".join(done.stderr.split())
+
+
 def test_the_tools_make_a_corpus_of_it(digits: Path, tmp_path: Path):
     shards = tuple(sorted((digits / "data").iterdir()))
     train_tokenizer(training_texts(shards, 20_000), tmp_path / "tokenizer.model", 512)

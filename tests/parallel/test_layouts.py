@@ -90,6 +90,7 @@ class Layout:
     tensor: int = 1
     sequence_parallel: bool = False
     cuts: tuple[str, ...] = ()
+    latent_regression: float = 0.0
 
     @property
     def world_size(self) -> int:
@@ -98,6 +99,7 @@ class Layout:
     def config(self) -> RunConfig:
         return dataclasses.replace(
             CONFIG,
+            loss=dataclasses.replace(CONFIG.loss, latent_regression_loss_weight=self.latent_regression),
             training=dataclasses.replace(CONFIG.training, micro_batch_size=self.micro_batch_size),
             parallel=ParallelConfig(
                 tensor_model_parallel_size=self.tensor,
@@ -138,6 +140,15 @@ LAYOUTS = [
     Layout("dp2 x tp2, sequence parallel", 2, data_parallel_size=2, tensor=2, sequence_parallel=True),
 ]
 
+LAYOUTS_OF_REGRESSION = [
+    Layout("dp2", 1, data_parallel_size=2, latent_regression=2.0),
+    Layout("dp2, micro-batches of 2", 2, data_parallel_size=2, latent_regression=2.0),
+    Layout("micro-batches of 4", 4, latent_regression=2.0),
+    Layout("tp2", 2, tensor=2, latent_regression=2.0),
+    Layout("tp2, sequence parallel", 1, tensor=2, sequence_parallel=True, latent_regression=2.0),
+    Layout("dp2 x tp2, sequence parallel", 2, 2, tensor=2, sequence_parallel=True, latent_regression=2.0),
+]
+
 Gradients = dict[str, tuple[np.ndarray, int | None]]
 
 
@@ -159,9 +170,10 @@ def _run(rank: int, world_size: int, layout: Layout) -> tuple[list[float], Gradi
     engine.ddp.zero_grad_buffer()
     objective = Objective(config.loss, agreed, groups)
     losses = engine.forward_backward(agreed.micro_batches, objective, STEP, whole_gradients=True)
-    sums = torch.zeros(2)
+    sums = torch.zeros(3)
     for loss in losses:
-        sums += torch.stack([loss.generation_loss, loss.contrastive_loss])
+        sums[:2] += torch.stack([loss.generation_loss, loss.contrastive_loss])
+        sums[2] += 0.0 if loss.latent_regression_loss is None else loss.latent_regression_loss
     totals = sum_over_data_parallel(sums, groups, engine.stage.is_last)
     gradients = {
         name: (
@@ -207,10 +219,34 @@ def references() -> dict[int, tuple[list[float], dict[str, np.ndarray]]]:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_losses_and_gradients_equal_those_of_one_process(layout: Layout, references: dict[int, Any]) -> None:
     results = run_distributed(_run, layout.world_size, layout)
-    losses, gradients = results[0][0], _whole_gradients(results, layout.tensor)
-    expected_losses, expected = references[layout.micro_batch_size * layout.data_parallel_size]
+    expected = references[layout.micro_batch_size * layout.data_parallel_size]
+    _check(results[0][0], _whole_gradients(results, layout.tensor), *expected)
+    assert results[0][0][0] == pytest.approx(references[1][0][0], rel=LOSS_TOLERANCE)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS_OF_REGRESSION, ids=lambda layout: layout.name)
+def test_latent_regression_does_not_depend_on_the_layout(layout: Layout, references: dict[int, Any]) -> None:
+    rows = layout.micro_batch_size * layout.data_parallel_size
+    single = run_distributed(_run, 1, Layout("single", rows, latent_regression=layout.latent_regression))
+    results = run_distributed(_run, layout.world_size, layout)
+    losses, gradients = single[0][0], _whole_gradients(single, 1)
+    _check(results[0][0], _whole_gradients(results, layout.tensor), losses, gradients)
+    # The other losses are what they were; the regression is there, and both the encoder and the head feel it.
+    without, gradients_without = references[rows]
+    assert losses[:2] == pytest.approx(without[:2], rel=LOSS_TOLERANCE)
+    assert losses[2] > 0.1 > without[2] == 0.0
+    for name in ("vision.layers.0.mlp.linear_fc1.weight", "language.heads.context_projection.weight"):
+        change = np.linalg.norm(gradients[name] - gradients_without[name])
+        assert change > 0.01 * np.linalg.norm(gradients_without[name]), name
+
+
+def _check(
+    losses: list[float],
+    gradients: dict[str, np.ndarray],
+    expected_losses: list[float],
+    expected: dict[str, np.ndarray],
+) -> None:
     assert losses == pytest.approx(expected_losses, rel=LOSS_TOLERANCE)
-    assert losses[0] == pytest.approx(references[1][0][0], rel=LOSS_TOLERANCE)
     assert gradients.keys() == expected.keys()
     largest = max(np.linalg.norm(gradient) for gradient in expected.values())
     for name, gradient in expected.items():

@@ -116,6 +116,13 @@ def test_step_flops_of_the_papers_main_case_are_4_33_tflops() -> None:
     assert flops / 3e9 == pytest.approx(1443, rel=0.005)
 
 
+def test_regressed_latents_pass_the_context_head_once_more_each() -> None:
+    config = RunConfig(language=OPT_125M)
+    regression = dataclasses.replace(config.loss, latent_regression_loss_weight=1.0)
+    with_regression = step_flops(dataclasses.replace(config, loss=regression), 5, [2048], 300)
+    assert with_regression - step_flops(config, 5, [2048], 300) == pytest.approx(3 * 5 * 196 * 2 * 768**2)
+
+
 def test_step_flops_are_additive_and_attention_stays_within_documents() -> None:
     config = RunConfig(vision=VIT_L_14, language=OPT_125M)
     whole = step_flops(config, 3, [700, 300, 1048], 900)

@@ -98,6 +98,27 @@ def test_a_report_equals_a_count_by_hand(corpus: Path) -> None:
     assert report["optimizer/learning_rate"] == results[-1].learning_rate
 
 
+def test_latent_regression_is_reported_where_it_is_on(corpus: Path) -> None:
+    config = small_config(corpus, training={"micro_batch_size": 2}, loss={"latent_regression_loss_weight": 3.0})
+    with run_from(config) as run:
+        meter, losses = Meter(run), []
+        for batch, _ in zip(run.loader, range(STEPS), strict=False):
+            result = train_step(run, batch)
+            losses += result.losses
+            meter.add(result, batch, 0.0)
+        report = meter.report(0)
+    regression = sum(float(part.latent_regression_loss) for part in losses) / STEPS  # type: ignore[arg-type]
+    assert regression > 0
+    assert report["loss/latent_regression"] == pytest.approx(regression, rel=1e-6)
+    expected = report["loss/generation"] + 0.1 * report["loss/contrastive"] + 3.0 * regression
+    assert report["loss/total"] == pytest.approx(expected, rel=1e-6)
+    with run_from(small_config(corpus)) as run:
+        meter = Meter(run)
+        batch = next(iter(run.loader))
+        meter.add(train_step(run, batch), batch, 0.0)
+        assert "loss/latent_regression" not in meter.report(0)
+
+
 def test_a_report_covers_the_steps_since_the_last(corpus: Path) -> None:
     with run_from(small_config(corpus)) as run:
         meter, generation = Meter(run), []

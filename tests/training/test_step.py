@@ -87,6 +87,49 @@ def test_losses_and_gradient_are_the_definitions(
         assert float((found[name] - gradient).norm()) <= 1e-4 * float(gradient.norm()) + 1e-6 * largest, name
 
 
+@pytest.mark.parametrize("micro_batch_size", [2, 4])
+def test_latent_regression_compares_each_latent_with_the_output_before_it(corpus: Path, micro_batch_size: int) -> None:
+    """Loss and gradient against a loop over images and latents, on what the embedding puts into the rows."""
+    config = small_config(
+        corpus,
+        training={"micro_batch_size": micro_batch_size},
+        loss={"generation_loss_weight": 0.0, "contrastive_loss_weight": 0.0, "latent_regression_loss_weight": 0.5},
+        optimizer={"lr": 1e-30, "clip_grad": 0.0, "weight_decay": 0.0},
+    )
+    with run_from(config) as run:
+        batch = next(b for b in run.loader if b.bad_images)
+        model: Any = run.engine.model
+        errors = []
+        for micro in batch.micro_batches:
+            latents, _ = model.pool(model.vision(micro.images))
+            hidden = model.language.decode(model.language.embed(micro, latents), micro)[:, 0]
+            for image in (micro.has_context & micro.image_ok).nonzero()[:, 0].tolist():
+                for number, latent in enumerate(latents[image]):
+                    before = hidden[int(micro.image_slots[image]) + number - 1]
+                    predicted = model.language.heads.context_features(before[None])[0]
+                    errors.append(F.mse_loss(predicted, latent))
+        expected_loss = torch.stack(errors).mean()
+        # megatron-core waits for a gradient of every parameter, so the other losses take part, with weight 0.
+        (0.5 * expected_loss + 0.0 * sum(plain_losses(run, batch))).backward()
+        expected = {name: p.main_grad.clone() for name, p in model.named_parameters()}
+        result = train_step(run, batch)
+        found = {name: p.main_grad.clone() for name, p in model.named_parameters()}
+    regression = sum(float(part.latent_regression_loss) for part in result.losses)  # type: ignore[arg-type]
+    assert regression == pytest.approx(float(expected_loss.detach()), rel=1e-5)
+    largest = max(float(g.norm()) for g in expected.values())
+    for name, gradient in expected.items():
+        assert float((found[name] - gradient).norm()) <= 1e-4 * float(gradient.norm()) + 1e-6 * largest, name
+    assert float(expected["vision.embedding.weight"].norm()) > 0
+
+
+def test_without_latent_regression_nothing_of_it_is_computed(corpus: Path) -> None:
+    with run_from(small_config(corpus)) as run:
+        batch = next(iter(run.loader))
+        output: Any = run.engine.model(batch.micro_batches[0], None, 0)
+        assert output.latent_errors_N is None
+        assert train_step(run, batch).losses[0].latent_regression_loss is None
+
+
 def test_hits_are_those_of_a_search(corpus: Path) -> None:
     with run_from(small_config(corpus)) as run:
         batch = next(iter(run.loader))

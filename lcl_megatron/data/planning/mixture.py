@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 SHARE_STEPS = 1 << 20
 """Shares are rounded to one in so many rows."""
-ORDER_FIELDS = ("mixture_weights", "mixture_by", "view", *TABLE_FIELDS)
+ORDER_FIELDS = ("mixture_weights", "mixture_by", "view", "pair_placement", *TABLE_FIELDS)
 """Fields of ``DataConfig`` that decide what the rows are and how they follow each other."""
 
 

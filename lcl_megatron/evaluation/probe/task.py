@@ -38,12 +38,13 @@ def probe(spec: str, train: LabelledSet, test: LabelledSet, session: Session) ->
     """
     begin = time.monotonic()
     encoder = load_encoder(spec).to(session.replicas.device).requires_grad_(False)
-    session.say(f"{encoder.name}: probes on {len(train.images):,} images")
+    session.say(f"{encoder.name}: probes fitted on {len(train.images):,} images, scored on {len(test.images):,}")
 
     def examples(split: LabelledSet) -> Examples:
         return Examples(mean_features(split.images), torch.from_numpy(split.labels))
 
     def mean_features(images: ImageSet) -> Tensor:
+        # Every feature is needed once: nothing is gained by storing them.
         source = LiveFeatures(encoder, evaluation_reader(encoder, images), "fp32")
         share = session.replicas.share(len(images))
         found = [torch.zeros(0, encoder.width, device=session.replicas.device)]

@@ -75,7 +75,8 @@ class FitConfig:
             require(getattr(self, name) >= 0, f"fit.{name} = {getattr(self, name)}; expected 0 or more")
         require(
             self.warmup_steps <= self.steps,
-            f"fit.warmup_steps = {self.warmup_steps} of fit.steps = {self.steps}; warm-up is part of the steps",
+            f"fit.warmup_steps = {self.warmup_steps} of fit.steps = {self.steps}; warm-up is part of the steps: "
+            "set fewer",
         )
         require(self.lr > 0, f"fit.lr = {self.lr}; expected more than 0")
 

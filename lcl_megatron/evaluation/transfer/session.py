@@ -55,10 +55,11 @@ class Session:
         self.results.append(result)
         if self.replicas.is_first:
             write_results(self.results, self.output)
+        name = f"{result.encoder['name']} {result.mode}".rstrip()
         for metric in result.metrics:
             unit = "%" if metric.percent else ""
             value = 100 * metric.mean if metric.percent else metric.mean
-            self.say(f"{result.encoder['name']} {result.mode}: {metric.name} {value:.2f}{unit}")
+            self.say(f"{name}: {metric.name} {value:.2f}{unit}")
 
 
 def digest(*parts: object) -> str:

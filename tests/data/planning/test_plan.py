@@ -124,6 +124,11 @@ def test_fingerprint_changes_with_what_decides_the_rows_only(written: WrittenCor
         other = make_plan(written, config=dataclasses.replace(CONFIG, **change))
         assert other.fingerprint != plan.fingerprint
         assert len(set(other.description.items()) - set(plan.description.items())) == 1
+    pairs = dataclasses.replace(CONFIG, view=("pairs",))
+    plan = make_plan(written, config=pairs)
+    other = make_plan(written, config=dataclasses.replace(pairs, pair_placement="text_first"))
+    assert set(other.description.items()) - set(plan.description.items()) == {("data.pair_placement", "text_first")}
+    assert other.fingerprint != plan.fingerprint
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(written: WrittenCorpus) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import defaultdict
 
 import numpy as np
@@ -186,6 +187,32 @@ def test_pairs_are_each_image_with_its_sentence(written: WrittenCorpus) -> None:
         assert sorted(found) == expected
     # Placement is a fair coin: within 4 standard errors.
     assert abs(before / (2 * len(expected)) - 0.5) < 4 * 0.5 / (2 * len(expected)) ** 0.5
+
+
+def test_pairs_with_text_first_are_the_same_pairs_all_contrasted(written: WrittenCorpus) -> None:
+    random, first = (
+        RowSequence(
+            [written.corpus],
+            dataclasses.replace(CONFIG, view=("pairs",), pair_placement=placement),
+            NUM_LATENTS,
+            SEED,
+        )
+        for placement in ("random", "text_first")
+    )
+    special = written.corpus.special_tokens
+    num_rows = first.sources[0].num_rows
+    assert num_rows == random.sources[0].num_rows
+    other = random.read(0, num_rows)
+    assert not other.has_context.all()
+    for row, same in zip(first.read(0, num_rows).rows, other.rows, strict=True):
+        assert row.documents.tolist() == same.documents.tolist()
+        batch = collate_rows(first, [row]).batch
+        assert batch.has_context.all()
+        borders, tokens = batch.cu_seqlens.tolist(), batch.tokens.reshape(-1).tolist()
+        for begin, end in itertools.pairwise(borders[: len(row.documents) + 1]):
+            assert tokens[begin] == special.bos
+            shown = [special.boi, *[special.image] * NUM_LATENTS, special.eoi, special.eos]
+            assert tokens[end - len(shown) : end] == shown
 
 
 def test_pairs_that_are_left_out_are_counted(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -265,7 +265,7 @@ def test_a_step_without_anything_to_learn_is_an_error() -> None:
     [
         ({"steps": 0}, "fit.steps = 0; expected at least 1"),
         ({"batch_size": 0}, "fit.batch_size = 0; expected at least 1"),
-        ({"warmup_steps": 8}, "fit.warmup_steps = 8 of fit.steps = 7; warm-up is part of the steps"),
+        ({"warmup_steps": 8}, "fit.warmup_steps = 8 of fit.steps = 7; warm-up is part of the steps: set fewer"),
         ({"grad_clip": -1.0}, "fit.grad_clip = -1.0; expected 0 or more"),
         ({"lr": 0.0}, "fit.lr = 0.0; expected more than 0"),
     ],
