@@ -52,7 +52,7 @@ class ModelWeights:
     """Every parameter of a model or of some of its parts, such as the vision tower, and what is needed to use them.
 
     Raises:
-        CheckpointError: names or shapes are not those of the configuration's model.
+        CheckpointError: names or shapes are not those of the configuration's model, or values are not finite.
     """
 
     config: RunConfig
@@ -69,6 +69,11 @@ class ModelWeights:
         if not self.state:
             raise CheckpointError("there are no weights at all; expected parameters of " + ", ".join(PARTS))
         check_parameters(self.state, self.config, self.parts)
+        if bad := [name for name, tensor in self.state.items() if not bool(tensor.isfinite().all())]:
+            raise CheckpointError(
+                f"{len(bad)} of {len(self.state)} parameters have values that are not finite, e.g. {bad[0]}: the run "
+                "had diverged, or the file is damaged; take an earlier checkpoint"
+            )
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -350,3 +350,11 @@ def test_reading_and_exporting_work_without_megatron_core(saved: Callable[..., A
     assert '"round_trip": 0.0' in lines[0]
     assert "--verify compares with the model's own outputs and needs megatron" in lines[1]
     assert "install megatron-core, or leave --verify out" in lines[1]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused(value: float) -> None:
+    weights = random_weights(tiny_config())
+    weights.state["pool.query"][3] = value
+    with pytest.raises(CheckpointError, match=r"1 of \d+ parameters .* not finite, e\.g\. pool\.query: the run had"):
+        dataclasses.replace(weights)

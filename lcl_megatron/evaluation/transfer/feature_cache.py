@@ -98,7 +98,12 @@ def cached_features(
     cache, dtype = folder / key, DTYPES[precision]
     cache.mkdir(parents=True, exist_ok=True)
     parts = [cache / f"part-{number:06d}" for number in range(-(-len(images) // PART_IMAGES))]
-    missing = replicas.from_first([number for number, part in enumerate(parts) if not part.is_file()])
+    counts = [min(PART_IMAGES, len(images) - number * PART_IMAGES) for number in range(len(parts))]
+    sizes = [feature_bytes(encoder, count, precision) for count in counts]
+    # A copy of a cache, or a power cut, may leave parts that are too short.
+    missing = replicas.from_first(
+        [number for number, part in enumerate(parts) if not part.is_file() or part.stat().st_size != sizes[number]]
+    )
     reader = evaluation_reader(encoder, images)
     for number in missing[replicas.rank :: replicas.size]:
         indices = np.arange(number * PART_IMAGES, min((number + 1) * PART_IMAGES, len(images)))
@@ -124,6 +129,8 @@ def _write_part(
                         f"{encoder.name}: a feature of {image} is not finite; its weights are damaged or overflow"
                     )
                 stream.write(features.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+            stream.flush()
+            os.fsync(stream.fileno())
         os.replace(temporary, part)
     finally:
         temporary.unlink(missing_ok=True)
