@@ -18,6 +18,9 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 # Wheels of torch without CUDA (200 MB instead of 3 GB). Used only if it answers; empty = do not ask.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 ANSWERS := import sys, urllib.request; urllib.request.urlopen(sys.argv[1] + "/torch/", timeout=10)
+# Sets $$index for pip. torchvision too must come from where torch came from, or its compiled part cannot be loaded.
+ASK_INDEX = index=""; if test -n "$(TORCH_INDEX)" && \
+	$(BIN)/python -c '$(ANSWERS)' "$(TORCH_INDEX)" 2>/dev/null; then index="--extra-index-url $(TORCH_INDEX)"; fi
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -30,15 +33,13 @@ $(VENV)/.installed: requirements/cpu.txt setup.py
 		"make setup PYTHON=/path/to/python3.12"; exit 1; }
 	@echo "setup: $(VENV) with $$($(PYTHON) --version), a minute or more"
 	@$(PYTHON) -m venv $(VENV)
-	@index=""; if test -n "$(TORCH_INDEX)" && $(BIN)/python -c '$(ANSWERS)' "$(TORCH_INDEX)" 2>/dev/null; then \
-		index="--extra-index-url $(TORCH_INDEX)"; fi; \
-	$(BIN)/pip install --quiet --quiet $$index --requirement requirements/cpu.txt
+	@$(ASK_INDEX); $(BIN)/pip install --quiet --quiet $$index --requirement requirements/cpu.txt
 	@$(BIN)/pip install --quiet --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 	@echo "setup: done; activate with  . $(BIN)/activate"
 
 extras: setup
-	@$(BIN)/pip install --quiet --quiet --requirement requirements/extras.txt
+	@$(ASK_INDEX); $(BIN)/pip install --quiet --quiet $$index --requirement requirements/extras.txt
 
 quickstart: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart.sh

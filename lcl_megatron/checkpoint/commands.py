@@ -58,8 +58,8 @@ def export(
 
 
 def import_source(
-    source: Annotated[str, tyro.conf.Positional],
-    output: Annotated[Path, tyro.conf.Positional],
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
+    output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")],
     options: Annotated[ImportOptions, tyro.conf.arg(name="")],
     verify: bool = False,
 ) -> Outcome:
@@ -88,8 +88,8 @@ def import_source(
 
 
 def official(
-    checkpoint: Annotated[Path, tyro.conf.Positional],
-    output: Annotated[Path, tyro.conf.Positional],
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")],
+    output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")],
     precision: Precision = "fp32",
     verify: bool = False,
 ) -> Outcome:

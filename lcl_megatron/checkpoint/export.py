@@ -15,6 +15,7 @@ with the weights before the export gets its name.
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -23,16 +24,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import lcl_megatron
 from lcl_megatron.checkpoint.convert import whole_model
-from lcl_megatron.checkpoint.convert.targets import Source, Target, json_text, targets
+from lcl_megatron.checkpoint.convert.export_targets import ExportSource, Target, json_text, targets
 from lcl_megatron.checkpoint.folders import CheckpointError, commit_folder
 from lcl_megatron.checkpoint.model_card import Card, card_text
 from lcl_megatron.checkpoint.parameters import PARTS
 from lcl_megatron.checkpoint.stock_libraries import stock_library
+from lcl_megatron.checkpoint.tensor_files import write_tensors
 from lcl_megatron.checkpoint.weights import WEIGHTS_FILE, ModelWeights
 from lcl_megatron.config import RunConfig
 from lcl_megatron.config.toml import to_toml
@@ -61,8 +63,9 @@ class Measurement:
 
     @property
     def passed(self) -> bool:
-        """Whether every tensor was loaded and the outputs agree; NaN does not."""
-        within = self.max_abs_difference <= self.tolerance * max(1.0, self.largest_output)
+        """Whether every tensor was loaded and the outputs agree; NaN and infinite ones do not."""
+        largest = max(1.0, self.largest_output)
+        within = math.isfinite(largest) and self.max_abs_difference <= self.tolerance * largest
         return within and not self.missing_keys and not self.unexpected_keys
 
 
@@ -140,7 +143,7 @@ def export_weights(
     weights.require(*PARTS)
     # Needed at the end, for the model card; known before gigabytes are written.
     stock_library("huggingface_hub")
-    source = Source(weights)
+    source = ExportSource(weights)
     staging = output.with_name(f".staging-{output.name}")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -154,7 +157,7 @@ def export_weights(
 
 
 def _write_all(
-    source: Source, folder: Path, checkpoint: str, include_whole_model: bool, metrics: tuple[Path, ...]
+    source: ExportSource, folder: Path, checkpoint: str, include_whole_model: bool, metrics: tuple[Path, ...]
 ) -> ExportReport:
     weights = source.weights
     wanted = [target for target in targets() if include_whole_model or target.name != "whole_model"]
@@ -164,7 +167,7 @@ def _write_all(
         folders={target.name: _write_target(target, source, folder) for target in wanted},
     )
     heads = {name: weights.state[name].contiguous() for name in whole_model.head_names(weights.config)}
-    save_file(heads, folder / HEADS_FILE, metadata={"format": "pt"})
+    write_tensors(heads, folder / HEADS_FILE)
     card = Card(weights, {name: part.skipped for name, part in report.folders.items()}, metrics)
     (folder / "README.md").write_text(card_text(card), encoding="utf-8")
     write_report(report, folder)
@@ -186,15 +189,14 @@ def with_measurements(report: ExportReport, measurements: dict[str, Measurement]
     return replace(report, measurements=measurements)
 
 
-def _write_target(target: Target, source: Source, root: Path) -> FolderReport:
+def _write_target(target: Target, source: ExportSource, root: Path) -> FolderReport:
     if reason := target.refusal(source):
         return FolderReport(target.folder, skipped=reason)
     folder, config = root / target.folder, source.config
     folder.mkdir(exist_ok=True)
     for name, text in target.files(source).items():
         (folder / name).write_text(text, encoding="utf-8")
-    # transformers reads only files that say in which framework they were made.
-    save_file(target.tensors(source.weights.state, config), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    write_tensors(target.tensors(source.weights.state, config), folder / WEIGHTS_FILE)
     restored = target.restore(load_file(folder / WEIGHTS_FILE), config)
     difference = _difference(restored, target.prepare(source.weights.state), config)
     if difference > 0:

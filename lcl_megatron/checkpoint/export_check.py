@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lcl_megatron.checkpoint.convert.targets import Source
+from lcl_megatron.checkpoint.convert.export_targets import ExportSource
 from lcl_megatron.checkpoint.convert.whole_model import MODELING_FILE
 from lcl_megatron.checkpoint.export import ExportReport, Measurement
 from lcl_megatron.checkpoint.stock_libraries import stock_library
@@ -51,7 +52,7 @@ def measure(report: ExportReport, weights: ModelWeights, folder: Path) -> dict[s
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
     stock_library("transformers").utils.logging.disable_progress_bar()
-    source = Source(weights)
+    source = ExportSource(weights)
     written = [name for name, part in report.folders.items() if part.skipped is None]
     checks: dict[str, Callable[[Reference, Path], dict[str, Measurement]]] = {
         "vision": _check_vision,
@@ -126,7 +127,7 @@ class Reference:
 
 
 @contextmanager
-def reference(source: Source) -> Iterator[Reference]:
+def reference(source: ExportSource) -> Iterator[Reference]:
     """Yield the model of some weights, ready to run on the CPU or the GPU of this process."""
     config = source.config
     generator = torch.Generator().manual_seed(0)
@@ -254,4 +255,10 @@ def _measurement(
         )
         for found, expected in pairs
     ]
-    return max(measured, key=lambda one: one.max_abs_difference / max(1.0, one.largest_output))
+    return max(measured, key=_badness)
+
+
+def _badness(one: Measurement) -> float:
+    """Return the difference as a share of the outputs; of NaN, to which nothing compares, infinity."""
+    share = one.max_abs_difference / max(1.0, one.largest_output)
+    return float("inf") if math.isnan(share) else share

@@ -57,7 +57,11 @@ def read_config(checkpoint: Path) -> RunConfig:
     """
     path = checkpoint / CONFIG_FILE
     if not path.is_file():
-        raise CheckpointError(f"{checkpoint} has no {CONFIG_FILE}; expected a step-NNNNNNNN folder of a training run")
+        raise CheckpointError(
+            f"{checkpoint} has no {CONFIG_FILE}; expected a step-NNNNNNNN folder of a training run; a folder of a "
+            "stock library, such as an export, becomes a start for runs by "
+            "tools/convert_checkpoint.py import FOLDER WEIGHTS"
+        )
     return from_toml(path.read_text(encoding="utf-8"), str(path))
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lcl_megatron.checkpoint.folders import (
@@ -35,6 +35,7 @@ from lcl_megatron.checkpoint.folders import (
     read_config,
 )
 from lcl_megatron.checkpoint.parameters import PARTS, parameter_shapes
+from lcl_megatron.checkpoint.tensor_files import write_tensors
 from lcl_megatron.config import RunConfig
 from lcl_megatron.config.toml import to_toml
 from lcl_megatron.parallel.shards import ShardError, ShardReader
@@ -51,7 +52,7 @@ class ModelWeights:
     """Every parameter of a model or of some of its parts, such as the vision tower, and what is needed to use them.
 
     Raises:
-        CheckpointError: names or shapes are not those of the configuration's model.
+        CheckpointError: names or shapes are not those of the configuration's model, or values are not finite.
     """
 
     config: RunConfig
@@ -68,6 +69,11 @@ class ModelWeights:
         if not self.state:
             raise CheckpointError("there are no weights at all; expected parameters of " + ", ".join(PARTS))
         check_parameters(self.state, self.config, self.parts)
+        if bad := [name for name, tensor in self.state.items() if not bool(tensor.isfinite().all())]:
+            raise CheckpointError(
+                f"{len(bad)} of {len(self.state)} parameters have values that are not finite, e.g. {bad[0]}: the run "
+                "had diverged, or the file is damaged; take an earlier checkpoint"
+            )
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -143,7 +149,7 @@ def write_weights(weights: ModelWeights, folder: str | Path) -> None:
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     state = {name: tensor.detach().contiguous() for name, tensor in weights.state.items()}
-    save_file(state, staging / WEIGHTS_FILE, metadata={"format": "pt"})
+    write_tensors(state, staging / WEIGHTS_FILE)
     (staging / CONFIG_FILE).write_text(to_toml(weights.config), encoding="utf-8")
     if weights.tokenizer is not None:
         (staging / TOKENIZER_FILE).write_bytes(weights.tokenizer)

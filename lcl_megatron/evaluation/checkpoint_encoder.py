@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,8 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lcl_megatron.checkpoint import native
-from lcl_megatron.config import ParallelConfig, RunConfig
+from lcl_megatron.evaluation.checkpoint_engine import newest_checkpoint, trained_engine
 from lcl_megatron.evaluation.features import extract_features
 from lcl_megatron.evaluation.labelled_images import DecodedImages, read_labels
 from lcl_megatron.evaluation.probes import Examples, ProbeReport, probe_encoder
@@ -54,19 +52,10 @@ def frozen_encoders(checkpoint: Path) -> Iterator[tuple[FrozenEncoder, FrozenEnc
     Raises:
         CheckpointError: there is no complete checkpoint.
     """
-    found = native.find_latest(checkpoint)
-    if found is None:
-        raise native.CheckpointError(f"no complete checkpoint (step-NNNNNNNN) in {checkpoint}")
-    config = single_process(native.read_config(found))
-    groups = engines.start(config)
-    try:
-        trained, untrained = (engines.build_engine(config, groups) for _ in range(2))
-        native.load_model(found, trained)
-        for engine in (trained, untrained):
-            engine.ddp.eval()
+    with trained_engine(*newest_checkpoint(checkpoint)) as trained:
+        untrained = engines.build_engine(trained.config, trained.groups)
+        untrained.ddp.eval()
         yield FrozenEncoder(trained), FrozenEncoder(untrained)
-    finally:
-        groups.destroy()
 
 
 def probe_checkpoint(checkpoint: Path, labels: Path, image_root: Path, splits: tuple[str, str]) -> list[ProbeReport]:
@@ -80,7 +69,8 @@ def probe_checkpoint(checkpoint: Path, labels: Path, image_root: Path, splits: t
 
     Raises:
         CheckpointError: there is no complete checkpoint.
-        LabelError: the labels are damaged, or an image is missing or cannot be decoded.
+        LabelError: the labels are damaged.
+        DataError: an image is missing or cannot be decoded.
         ValueError: the splits are too small to fit the probes.
     """
     read = [read_labels(labels, split) for split in splits]
@@ -96,12 +86,3 @@ def probe_checkpoint(checkpoint: Path, labels: Path, image_root: Path, splits: t
             )
             reports.append(probe_encoder(name, train, test))
     return reports
-
-
-def single_process(config: RunConfig) -> RunConfig:
-    """Return the configuration for one process in float32; the vision tower's own section stays as it was."""
-    return dataclasses.replace(
-        config,
-        parallel=ParallelConfig(),
-        training=dataclasses.replace(config.training, precision="fp32", transformer_impl="torch"),
-    )

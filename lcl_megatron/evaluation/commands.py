@@ -9,17 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lcl_megatron.config.errors import require
+from lcl_megatron.evaluation.classification.task import ClassificationSettings, classify
 from lcl_megatron.evaluation.flags import Flags
 from lcl_megatron.evaluation.generation_commands import captioning, captioning_score, dialogue, dialogue_score
+from lcl_megatron.evaluation.probe.task import probe
+from lcl_megatron.evaluation.retrieval.task import RetrievalSettings, retrieve
 from lcl_megatron.evaluation.transfer.caption_sets import open_captioned
-from lcl_megatron.evaluation.transfer.classification import ClassificationSettings, classify
 from lcl_megatron.evaluation.transfer.labelled_sets import open_labelled, open_split
-from lcl_megatron.evaluation.transfer.probe import probe
 from lcl_megatron.evaluation.transfer.report import markdown_table, merge_results, write_results
-from lcl_megatron.evaluation.transfer.retrieval import RetrievalSettings, retrieve
 from lcl_megatron.evaluation.transfer.session import open_session
 from lcl_megatron.evaluation.transfer.settings import read_settings
-from lcl_megatron.evaluation.transfer.zero_shot import TEMPLATES, read_class_names, zero_shot
+from lcl_megatron.evaluation.zero_shot.task import TEMPLATES, read_class_names, zero_shot
 
 
 def classification(flags: Flags, data: Path, splits: tuple[str, str] = ("train", "val")) -> None:
@@ -111,7 +111,7 @@ def zero_shot_command(
         templates: Prompts; {} stands for the name.
     """
     # Imports megatron-core, which nothing else here needs.
-    from lcl_megatron.evaluation.checkpoint_model import checkpoint_model
+    from lcl_megatron.evaluation.zero_shot.checkpoint_model import checkpoint_model
 
     test = open_split(data, split)
     names = test.classes if class_names is None else read_class_names(class_names, len(test.classes))
@@ -124,13 +124,13 @@ def table(results: list[Path], output: Path | None = None) -> None:
 
     Args:
         results: Folders or results.json files.
-        output: Folder for the merged results.json, results.md and results.png; without it the table is printed.
+        output: Folder for the merged results.json, results.md and results.png; without it the table is only printed.
     """
     merged = merge_results(results)
-    if output is None:
-        print(markdown_table(merged))  # noqa: T201 - what the user asked for
-    else:
+    print(markdown_table(merged))  # noqa: T201 - what the user asked for
+    if output is not None:
         write_results(merged, output)
+        print(f"wrote {output}/results.json, results.md and results.png")  # noqa: T201
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

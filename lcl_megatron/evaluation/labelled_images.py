@@ -8,25 +8,22 @@ the same number means the same class in training and test images.
 from __future__ import annotations
 
 import csv
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from lcl_megatron.data.decoding.image_probe import ImageError
 from lcl_megatron.data.decoding.images import evaluation_image
-from lcl_megatron.data.image_stores.image_folder import ImageFileError, ImageFolder, check_name
+from lcl_megatron.data.image_stores.image_folder import ImageFileError, check_name
+from lcl_megatron.evaluation.transfer.image_sets import DataError, FolderImages, PixelReader
 
 COLUMNS = ("image_name", "split", "label")
 """Columns that ``labels.csv`` must have."""
 
 
-class LabelError(ValueError):
-    """A labelled set that cannot be used; the message names file and line."""
+class LabelError(DataError):
+    """A ``labels.csv`` that cannot be used; the message names file and line."""
 
 
 @dataclass(frozen=True)
@@ -127,36 +124,22 @@ class DecodedImages:
             num_threads: images decoded at the same time; 0 = one per CPU core.
 
         Raises:
-            LabelError: the folder or some files are missing; the message counts them and names the first.
+            DataError: the folder or some files are missing; the message counts them and names the first.
         """
-        if not image_folder.is_dir():
-            raise LabelError(f"there is no image folder {image_folder}; unpack the images or give another folder")
-        missing = [name for name in images.names if not (image_folder / name).is_file()]
-        if missing:
-            raise LabelError(
-                f"{len(missing)} of {len(images)} images are not in {image_folder}, the first is {missing[0]}; "
-                "unpack the images completely or give another folder"
-            )
-        self._images = images
-        self._folder = ImageFolder(image_folder)
-        self._image_size = image_size
-        self._threads = ThreadPoolExecutor(num_threads or os.cpu_count())
+        files = FolderImages(image_folder, images.names)
+        _ = files.fingerprint  # looks for every file
+        self._numbers = np.arange(len(images))
+        self._reader = PixelReader(files, lambda data, _key: evaluation_image(data, image_size), num_threads)
 
     def __len__(self) -> int:
         """Return the number of images."""
-        return len(self._images)
+        return len(self._numbers)
 
     def __getitem__(self, index: slice, /) -> Tensor:
         """Return pixels (n, 3, size, size) uint8 RGB of the images of a slice.
 
         Raises:
-            LabelError: an image cannot be read or decoded.
+            DataError: an image cannot be read or decoded.
             OSError: the disk fails.
         """
-        return torch.stack(list(self._threads.map(self._pixels, self._images.names[index])))
-
-    def _pixels(self, name: str) -> Tensor:
-        try:
-            return evaluation_image(self._folder.read(name), self._image_size)
-        except (ImageError, ImageFileError) as error:
-            raise LabelError(f"{self._folder.root / name}: {error}; repair the image or remove its line") from error
+        return self._reader(self._numbers[index])

@@ -164,7 +164,17 @@ class LCLForConditionalGeneration(PreTrainedModel):
         return F.normalize(pooled, dim=-1) if normalize else pooled
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None, normalize: bool = True) -> Tensor:
-        """Return features (rows, hidden) of the texts before each row's first ``<BoI>``, by default of length 1."""
+        """Return features (rows, hidden) of the texts before each row's first ``<BoI>``, by default of length 1.
+
+        Raises:
+            ValueError: a row has no ``<BoI>``; the feature of any other token was trained for nothing.
+        """
+        places = input_ids == self.config.boi_token_id
+        if not bool(places.any(dim=-1).all()):
+            raise ValueError(
+                f"{int((~places.any(dim=-1)).sum())} of {len(places)} rows have no <BoI> (id "
+                f"{self.config.boi_token_id}), at which a text is encoded; put it behind every text"
+            )
         states: list[Tensor] = []
 
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -176,7 +186,7 @@ class LCLForConditionalGeneration(PreTrainedModel):
             self.language_model.model(input_ids=input_ids, attention_mask=attention_mask)
         finally:
             handle.remove()
-        first = (input_ids == self.config.boi_token_id).int().argmax(dim=-1)
+        first = places.int().argmax(dim=-1)
         state = states[0][torch.arange(len(first), device=first.device), first]
         features = self.context_projection(self.context_layernorm(state))
         return F.normalize(features, dim=-1) if normalize else features

@@ -204,7 +204,8 @@ def test_damaged_weights_folder_names_its_file(tmp_path: Path) -> None:
         read_weights(tmp_path / "w")
     for name in ("run.toml", "progress.json"):
         (tmp_path / "w" / name).unlink()
-    with pytest.raises(CheckpointError, match="has no run.toml"):
+    # An export is such a folder.
+    with pytest.raises(CheckpointError, match=r"has no run\.toml; .*by tools/convert_checkpoint\.py import FOLDER"):
         read_weights(tmp_path / "w")
 
 
@@ -349,3 +350,11 @@ def test_reading_and_exporting_work_without_megatron_core(saved: Callable[..., A
     assert '"round_trip": 0.0' in lines[0]
     assert "--verify compares with the model's own outputs and needs megatron" in lines[1]
     assert "install megatron-core, or leave --verify out" in lines[1]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused(value: float) -> None:
+    weights = random_weights(tiny_config())
+    weights.state["pool.query"][3] = value
+    with pytest.raises(CheckpointError, match=r"1 of \d+ parameters .* not finite, e\.g\. pool\.query: the run had"):
+        dataclasses.replace(weights)

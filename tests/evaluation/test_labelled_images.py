@@ -14,6 +14,7 @@ from PIL import Image
 
 from lcl_megatron.evaluation.features import extract_features
 from lcl_megatron.evaluation.labelled_images import DecodedImages, LabelError, LabelledImages, read_labels
+from lcl_megatron.evaluation.transfer.image_sets import DataError
 
 ROWS = [
     ("c.png", "test", "cat"),
@@ -125,9 +126,9 @@ def test_missing_files_are_counted_before_anything_is_decoded(tmp_path: Path) ->
     folder = write_set(tmp_path)
     train = read_labels(folder / "labels.csv", "train")
     (folder / "images" / "b.png").unlink()
-    with pytest.raises(LabelError, match=r"1 of 3 images are not in .*images, the first is b\.png"):
+    with pytest.raises(DataError, match=r"1 of 3 images are not in .*images, the first is b\.png"):
         DecodedImages(train, folder / "images", image_size=8)
-    with pytest.raises(LabelError, match="no image folder"):
+    with pytest.raises(DataError, match="no image folder"):
         DecodedImages(train, folder / "nowhere", image_size=8)
 
 
@@ -136,8 +137,8 @@ def test_damaged_image_ends_the_evaluation_by_name(tmp_path: Path) -> None:
     train = read_labels(folder / "labels.csv", "train")
     (folder / "images" / "b.png").write_bytes(b"<html>not found</html>")
     images = DecodedImages(train, folder / "images", image_size=8)
-    with pytest.raises(LabelError, match=r"b\.png: .*; repair the image or remove its line"):
+    with pytest.raises(DataError, match=r"b\.png: .*; repair the image or take it out of the set"):
         images[0:3]
     (folder / "images" / "b.png").write_bytes(b"")
-    with pytest.raises(LabelError, match=r"b\.png: not an image"):
+    with pytest.raises(DataError, match=r"b\.png: not an image"):
         images[0:3]

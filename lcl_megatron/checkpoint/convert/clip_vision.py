@@ -6,7 +6,6 @@ the last bit, and cannot be undone. Fine-tuning then starts from another paramet
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -88,11 +87,6 @@ def from_clip_vision(tensors: Mapping[str, Tensor], config: RunConfig) -> dict[s
     See ``table.import_tensors``; ``config`` may have LayerScale, its parameters are then not in the result.
     """
     return import_tensors(table(config), tensors)
-
-
-def without_layer_scale(config: RunConfig) -> RunConfig:
-    """Return the configuration of the tower that ``from_clip_vision`` returns."""
-    return dataclasses.replace(config, vision=dataclasses.replace(config.vision, layer_scale_init=None))
 
 
 def config_json(config: RunConfig) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,21 +21,21 @@ from typing import Literal
 
 from torch import Tensor
 
-from lcl_megatron.checkpoint.convert.encoder import StockEncoder
-from lcl_megatron.checkpoint.convert.initial_clip import load_clip
-from lcl_megatron.checkpoint.convert.initial_open_clip import load_open_clip
-from lcl_megatron.checkpoint.convert.initial_timm import load_timm
 from lcl_megatron.checkpoint.convert.official_file import (
     DTYPES,
     Heads,
     Precision,
     infer_config,
-    official_encoder,
     official_state,
+    official_tower,
     official_weights,
     read_official_state,
 )
 from lcl_megatron.checkpoint.convert.positions import for_image_size
+from lcl_megatron.checkpoint.convert.stock_clip import load_clip
+from lcl_megatron.checkpoint.convert.stock_open_clip import load_open_clip
+from lcl_megatron.checkpoint.convert.stock_timm import load_timm
+from lcl_megatron.checkpoint.convert.stock_tower import StockTower
 from lcl_megatron.checkpoint.convert.table import export_tensors, import_tensors
 from lcl_megatron.checkpoint.folders import CheckpointError
 from lcl_megatron.checkpoint.weights import ModelWeights, read_weights, write_weights
@@ -73,19 +74,19 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is within the limit; NaN is not."""
-        return self.difference <= self.limit
+        """Whether the difference is within the limit; NaN and infinity are not, whatever the limit."""
+        return math.isfinite(self.difference) and self.difference <= self.limit
 
 
 @dataclass(frozen=True)
-class Source:
+class ImportSource:
     """Weights as read, and how to compare them with where they come from."""
 
     weights: ModelWeights
     """As this model's."""
     library: str = ""
     """Whose code computes ``stock``."""
-    stock: Callable[[], StockEncoder] | None = None
+    stock: Callable[[], StockTower] | None = None
     """The library's own vision tower with the source's weights; None = the source is this model's own."""
     original: Mapping[str, Tensor] = field(default_factory=dict)
     """The source's tensors, in float32, under its names."""
@@ -110,7 +111,7 @@ class Source:
         }
 
 
-def read_source(source: str, heads: Heads | None = None) -> Source:
+def read_source(source: str, heads: Heads | None = None) -> ImportSource:
     """Read weights of any of the kinds in this module's table.
 
     Args:
@@ -123,7 +124,7 @@ def read_source(source: str, heads: Heads | None = None) -> Source:
     """
     library, _, name = source.partition(":")
     if library in _LIBRARIES and name:
-        return encoder_source(_LIBRARIES[library](name), source)
+        return tower_source(_LIBRARIES[library](name), source)
     path = Path(source)
     if path.suffix in _FILES and path.is_file():
         return official_source(path, heads or Heads())
@@ -132,16 +133,16 @@ def read_source(source: str, heads: Heads | None = None) -> Source:
             f"{source}: there is no such file or folder, and it does not begin with clip:, open_clip: or timm:"
         )
     if (path / "open_clip_config.json").is_file():
-        return encoder_source(load_open_clip(f"local-dir:{path}"), source)
+        return tower_source(load_open_clip(f"local-dir:{path}"), source)
     if (path / "config.json").is_file():
         described = json.loads((path / "config.json").read_text(encoding="utf-8"))
         if "architecture" in described:
-            return encoder_source(load_timm(f"local-dir:{path}"), source)
-        return encoder_source(load_clip(str(path)), source)
-    return Source(read_weights(path))
+            return tower_source(load_timm(f"local-dir:{path}"), source)
+        return tower_source(load_clip(str(path)), source)
+    return ImportSource(read_weights(path))
 
 
-def encoder_source(stock: StockEncoder, source: str) -> Source:
+def tower_source(stock: StockTower, source: str) -> ImportSource:
     """Return another library's vision tower as ours.
 
     Raises:
@@ -151,19 +152,19 @@ def encoder_source(stock: StockEncoder, source: str) -> Source:
         weights = ModelWeights(RunConfig(vision=stock.vision), import_tensors(stock.table, stock.state))
     except CheckpointError as error:
         raise CheckpointError(f"{source}: our vision tower cannot hold it exactly: {error}") from error
-    return Source(
+    return ImportSource(
         weights, stock.library, lambda: stock, stock.state, lambda ours: export_tensors(stock.table, ours.state)
     )
 
 
-def official_source(path: str | Path, heads: Heads) -> Source:
+def official_source(path: str | Path, heads: Heads) -> ImportSource:
     """Return a released file as a whole model; see ``official_file.read_official``."""
     state = read_official_state(path)
     config = infer_config(state, heads, str(path))
-    return Source(
+    return ImportSource(
         official_weights(state, config, str(path)),
         "open_clip",
-        lambda: official_encoder(state, config, str(path)),
+        lambda: official_tower(state, config, str(path)),
         state,
         official_state,
     )
@@ -181,8 +182,8 @@ def import_weights(
         verify: compare with the source, before anything is changed, and with what was written.
 
     Returns:
-        The weights as written, and by name what was compared (see ``Source.checks``; ``written``: the files with the
-        weights); nothing was compared without ``verify``.
+        The weights as written, and by name what was compared (see ``ImportSource.checks``; ``written``: the files with
+        the weights); nothing was compared without ``verify``.
 
     Raises:
         CheckpointError, LibraryError: see ``read_source``; or ``output`` exists.
@@ -222,10 +223,15 @@ def check_released_file(path: str | Path, weights: ModelWeights, precision: Prec
 
 
 def largest_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """Return the largest absolute difference between tensors of the same names; infinity if names or shapes differ."""
+    """Return the largest absolute difference between tensors of the same names.
+
+    Infinity if names or shapes differ, or a value is NaN, even in both.
+    """
     if found.keys() != expected.keys() or any(found[name].shape != expected[name].shape for name in found):
         return float("inf")
-    return max(float((found[name].float() - expected[name].float()).abs().max()) for name in found)
+    differences = (float((found[name].float() - expected[name].float()).abs().max()) for name in found)
+    # NaN is larger than nothing, so that another tensor's difference would hide it.
+    return max(float("inf") if math.isnan(difference) else difference for difference in differences)
 
 
 def only_parts(weights: ModelWeights, parts: Sequence[str]) -> ModelWeights:

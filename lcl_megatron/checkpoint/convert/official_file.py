@@ -21,9 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lcl_megatron.checkpoint.convert.encoder import StockEncoder
-from lcl_megatron.checkpoint.convert.initial_open_clip import open_clip_encoder
 from lcl_megatron.checkpoint.convert.official import from_official, to_official
+from lcl_megatron.checkpoint.convert.stock_open_clip import open_clip_tower
+from lcl_megatron.checkpoint.convert.stock_tower import StockTower
 from lcl_megatron.checkpoint.folders import CheckpointError
 from lcl_megatron.checkpoint.parameters import PARTS
 from lcl_megatron.checkpoint.stock_libraries import stock_library
@@ -238,7 +238,7 @@ def write_official(weights: ModelWeights, path: str | Path, precision: Precision
     staging.rename(path)
 
 
-def official_encoder(state: Mapping[str, Tensor], config: RunConfig, source: str) -> StockEncoder:
+def official_tower(state: Mapping[str, Tensor], config: RunConfig, source: str) -> StockTower:
     """Return open_clip's own vision tower with the weights of a released model.
 
     Args:
@@ -262,4 +262,4 @@ def official_encoder(state: Mapping[str, Tensor], config: RunConfig, source: str
     module.proj = None
     tower = {name.removeprefix("visual."): value for name, value in state.items() if name.startswith("visual.")}
     module.load_state_dict(tower, strict=True)
-    return open_clip_encoder(module, source)
+    return open_clip_tower(module, source)

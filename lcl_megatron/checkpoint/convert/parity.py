@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lcl_megatron.checkpoint.convert.encoder import StockEncoder
+from lcl_megatron.checkpoint.convert.stock_tower import StockTower
 from lcl_megatron.checkpoint.weights import ModelWeights
 from lcl_megatron.config import ParallelConfig
 from lcl_megatron.model.specs import Runtime
@@ -37,7 +37,7 @@ def tower_features(weights: ModelWeights, images: Tensor) -> Tensor:
     return features
 
 
-def compare_features(stock: StockEncoder, weights: ModelWeights) -> tuple[float, float]:
+def compare_features(stock: StockTower, weights: ModelWeights) -> tuple[float, float]:
     """Return the largest absolute difference between the library's features and ours, and the largest feature.
 
     Both see two images of normal noise.

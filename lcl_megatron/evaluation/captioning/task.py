@@ -18,11 +18,11 @@ import numpy as np
 from lcl_megatron.evaluation.captioning.annotations import CaptionedImage, read_caption_test_set
 from lcl_megatron.evaluation.captioning.predictions import write_predictions
 from lcl_megatron.evaluation.captioning.scores import BLEU, CIDER, CaptionScores, check_scorer, score_captions
-from lcl_megatron.evaluation.transfer.caption_sets import CaptionedImages
+from lcl_megatron.evaluation.transfer.caption_sets import CaptionedSet
 from lcl_megatron.evaluation.transfer.fit import Curve, FitConfig
 from lcl_megatron.evaluation.transfer.image_sets import FolderImages, ImageSet
 from lcl_megatron.evaluation.transfer.results import MetricSummary, TaskResult, summarize, versions
-from lcl_megatron.evaluation.transfer.session import Mode, Session
+from lcl_megatron.evaluation.transfer.session import Mode, Session, digest
 from lcl_megatron.evaluation.vision_language.answering import answer_prompts
 from lcl_megatron.evaluation.vision_language.assembly import Assembled, Recipe, assemble, load_model, save_model
 from lcl_megatron.evaluation.vision_language.model import Generation, Part
@@ -101,7 +101,7 @@ def open_caption_test(path: Path, image_root: Path, split: str = "test") -> Capt
 class CaptionTexts:
     """Pairs of an image and one of its captions, as training texts."""
 
-    data: CaptionedImages
+    data: CaptionedSet
     """Images with captions."""
     builder: SequenceBuilder
     """Makes tokens."""
@@ -111,7 +111,7 @@ class CaptionTexts:
     """(N,) int64: pairs up to and including an image."""
 
     @classmethod
-    def of(cls, data: CaptionedImages, builder: SequenceBuilder, prompt: str) -> CaptionTexts:
+    def of(cls, data: CaptionedSet, builder: SequenceBuilder, prompt: str) -> CaptionTexts:
         """Return the pairs of a set."""
         return cls(data, builder, prompt, np.cumsum([len(captions) for captions in data.captions]))
 
@@ -140,7 +140,7 @@ class CaptionTexts:
 def caption(
     spec: str,
     language_model: str,
-    train: CaptionedImages,
+    train: CaptionedSet,
     tests: Sequence[CaptionTest],
     settings: CaptioningSettings,
     mode: Mode,
@@ -168,6 +168,7 @@ def caption(
     scores: dict[str, dict[int, Scored]] = {test.name: {} for test in tests}
     recipe = Recipe(spec, language_model, settings.connector_layers, settings.max_length, settings.image_fit)
     drop_path_rate = settings.drop_path_rate if mode == "full" else 0.0
+    trained_on = session.replicas.from_first(digest(recipe, *train.contents(), drop_path_rate, settings.prompt))
     for seed in seeds:
         assembled = assemble(recipe, session.replicas.device, seed, drop_path_rate)
         if seed == seeds[0]:
@@ -182,7 +183,7 @@ def caption(
             settings.fit,
             session.replicas,
             seed=seed,
-            state_file=state_file(session.output, name, description),
+            state_file=state_file(session.output, name, description, trained_on),
         )
         if settings.save_model and session.replicas.is_first:
             save_model(assembled, session.output / "models" / name)
@@ -287,7 +288,10 @@ def score_test(entries: Sequence[CaptionedImage], captions: Sequence[str]) -> Sc
         chosen = [index for index, entry in enumerate(entries) if domain in ("", entry.domain)]
         references = [entries[index].captions for index in chosen]
         scores[domain] = score_captions([captions[index] for index in chosen], references)
-    exchanged = np.random.default_rng(0).permutation(len(entries))
+    # Each takes the caption of the next one in a random circle, so that none is on its own image.
+    circle = np.random.default_rng(0).permutation(len(entries))
+    exchanged = np.empty_like(circle)
+    exchanged[circle] = np.roll(circle, 1)
     blind = score_captions([captions[index] for index in exchanged], [entry.captions for entry in entries])
     return Scored(scores, blind.values)
 

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lcl_megatron.evaluation.dialogue.benchmark import Benchmark, BenchmarkError, BenchmarkFiles, Question
 from lcl_megatron.evaluation.dialogue.benchmarks.known import known_benchmark
-from lcl_megatron.evaluation.dialogue.question import Benchmark, BenchmarkError, BenchmarkFiles, Question
 from lcl_megatron.evaluation.transfer.image_sets import FolderImages
 
 KEYS = ("form", "questions", "annotations", "images", "split")

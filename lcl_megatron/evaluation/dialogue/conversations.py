@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lcl_megatron.data.readers.records import RecordError, get_field, get_text, kind_name
+from lcl_megatron.evaluation.dialogue.benchmark import BenchmarkError
 from lcl_megatron.evaluation.dialogue.benchmarks.files import read_json
-from lcl_megatron.evaluation.dialogue.question import BenchmarkError
 from lcl_megatron.evaluation.vision_language.sequences import PLACEHOLDER, Piece
 
 Template = Literal["plain", "vicuna_v1"]
@@ -31,7 +31,7 @@ SYSTEM_MESSAGE = (
 """What ``vicuna_v1`` begins with."""
 
 
-class ConversationError(BenchmarkError):
+class ConversationError(ValueError):
     """A file of conversations that cannot be used; the message names file and entry."""
 
 

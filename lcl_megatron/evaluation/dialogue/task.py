@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from lcl_megatron.config.errors import require
+from lcl_megatron.evaluation.dialogue.benchmark import Score
 from lcl_megatron.evaluation.dialogue.benchmark_list import BenchmarkRun
 from lcl_megatron.evaluation.dialogue.conversations import (
     Conversation,
@@ -26,11 +27,10 @@ from lcl_megatron.evaluation.dialogue.conversations import (
     question_pieces,
     read_conversations,
 )
-from lcl_megatron.evaluation.dialogue.question import Score
 from lcl_megatron.evaluation.transfer.fit import Curve, FitConfig
 from lcl_megatron.evaluation.transfer.image_sets import FolderImages, ImageSet
 from lcl_megatron.evaluation.transfer.results import MetricSummary, TaskResult, UnitScores, summarize, versions
-from lcl_megatron.evaluation.transfer.session import Mode, Session
+from lcl_megatron.evaluation.transfer.session import Mode, Session, digest
 from lcl_megatron.evaluation.vision_language.answering import answer_prompts
 from lcl_megatron.evaluation.vision_language.assembly import Assembled, Recipe, assemble, load_model, save_model
 from lcl_megatron.evaluation.vision_language.model import Generation, Part
@@ -279,6 +279,10 @@ def _train(
     config = settings.alignment if template == "plain" else settings.tuning
     name = model_name(stage, assembled.encoder.name, mode, seed)
     description = session.replicas.from_first(assembled.encoder.describe())
+    # The connector tells what was done before: it begins as stage 1, or the model of an earlier call, has left it.
+    connector = [parameter.detach().cpu().numpy().tobytes() for parameter in assembled.model.connector.parameters()]
+    recipe = dataclasses.replace(assembled.recipe, encoder="")
+    trained_on = session.replicas.from_first(digest(recipe, settings.drop_path_rate, data.conversations, connector))
     session.say(f"{name}: {config.steps} steps of {config.batch_size} of {len(data.conversations):,} conversations")
     curve = train_parts(
         assembled,
@@ -287,7 +291,7 @@ def _train(
         config,
         session.replicas,
         seed=seed,
-        state_file=state_file(session.output, name, description),
+        state_file=state_file(session.output, name, description, trained_on),
     )
     if settings.save_model and session.replicas.is_first:
         save_model(assembled, session.output / "models" / name)

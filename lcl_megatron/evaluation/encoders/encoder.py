@@ -16,6 +16,12 @@ PatchFeatures = Callable[[Tensor], Tensor]
 """Normalised pixels (N, 3, S, S) float32 -> patch tokens (N, P, C) behind the last norm, without prefix tokens."""
 
 
+NUMBERS = ("num_heads", "eps", "approximate")
+"""Attributes of layers that change what they compute while the weights stay the same."""
+TRAINING_ONLY = frozenset(("DropPath", "Dropout", "PatchDropout", "Identity"))
+"""Layers that do nothing in evaluation; libraries leave them out or put another in their place as they like."""
+
+
 class EncoderError(ValueError):
     """An encoder that cannot be loaded or has no patch features; the message says what to do."""
 
@@ -75,8 +81,17 @@ class ImageEncoder(nn.Module):
         return self._patch_features(self.preprocessing.normalize(pixels))
 
     def fingerprint(self) -> str:
-        """Return 16 hex digits that change with any weight and with the preprocessing."""
+        """Return 16 hex digits that change with any weight, with the preprocessing, and with what layers compute.
+
+        The last is told by their classes, such as QuickGELU's instead of GELU's, and by ``NUMBERS`` of theirs: the same
+        weights are often at hand with either activation. What acts in training only is left out.
+        """
         digest = hashlib.sha256(json.dumps(dataclasses.asdict(self.preprocessing)).encode())
+        for name, module in self.model.named_modules():
+            kind = type(module).__qualname__
+            if kind not in TRAINING_ONLY:
+                numbers = [getattr(module, number, None) for number in NUMBERS]
+                digest.update(f"{name} {kind} {numbers}\n".encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

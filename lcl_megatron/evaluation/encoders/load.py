@@ -15,7 +15,8 @@ from lcl_megatron.evaluation.encoders.stock import clip_encoder, open_clip_encod
 
 FORMS = (
     "an exported folder, timm:NAME, open_clip:MODEL/PRETRAINED, open_clip:MODEL/FILE, clip:NAME_OR_FOLDER, "
-    "or random:TIMM_NAME for an untrained one; timm: and random: take arguments, random:NAME?img_size=64,depth=4"
+    "or random:TIMM_NAME or random:FOLDER (of an export) for an untrained one; timm: and random: take arguments, "
+    "random:NAME?img_size=64,depth=4"
 )
 """What an encoder may be, for messages."""
 NAMED = re.compile(r"([^:?/=]+)=(.+)", re.DOTALL)
@@ -49,10 +50,7 @@ def load_encoder(spec: str, drop_path_rate: float = 0.0, seed: int = 0) -> Image
             model, arguments = _arguments(spec, name)
             return timm_encoder(spec, model, True, arguments | {"drop_path_rate": drop_path_rate})
         if kind == "random":
-            model, arguments = _arguments(spec, name)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                return timm_encoder(spec, model, False, arguments | {"drop_path_rate": drop_path_rate})
+            return _untrained(spec, name, drop_path_rate, seed)
         if kind == "open_clip":
             model, slash, pretrained = name.partition("/")
             if not slash or not pretrained:
@@ -66,6 +64,21 @@ def load_encoder(spec: str, drop_path_rate: float = 0.0, seed: int = 0) -> Image
         # Libraries raise all of these for unknown names, absent files, wrong arguments and missing networks.
         raise _cannot_load(spec, error) from error
     raise EncoderError(f"encoder {spec!r}: unknown kind {kind!r}; expected {FORMS}")
+
+
+def _untrained(spec: str, name: str, drop_path_rate: float, seed: int) -> ImageEncoder:
+    """Return an architecture of timm, or that of an exported folder, with random weights."""
+    model, arguments = _arguments(spec, name)
+    if (folder := Path(model)).is_dir():
+        if (kind := _model_type(folder)) != "timm_wrapper":
+            raise EncoderError(
+                f"encoder {spec!r}: {folder / 'config.json'} has model_type {kind!r}; random: takes the architecture "
+                "of a timm_wrapper folder: give the folder that an export wrote, not one inside it"
+            )
+        model = f"local-dir:{folder}"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return timm_encoder(spec, model, False, arguments | {"drop_path_rate": drop_path_rate})
 
 
 def _from_folder(spec: str, folder: Path, drop_path_rate: float) -> ImageEncoder:
@@ -87,7 +100,7 @@ def _from_folder(spec: str, folder: Path, drop_path_rate: float) -> ImageEncoder
         raise _cannot_load(spec, error) from error
     raise EncoderError(
         f"encoder {spec!r}: {folder / 'config.json'} has model_type {kind!r}; expected timm_wrapper, clip or "
-        "clip_vision_model: give the folder that tools/export.py wrote"
+        "clip_vision_model: give a folder that tools/convert_checkpoint.py export wrote"
     )
 
 
@@ -103,7 +116,10 @@ def _model_type(folder: Path) -> Any:
     try:
         return json.loads(config.read_text(encoding="utf-8")).get("model_type")
     except FileNotFoundError:
-        raise EncoderError(f"encoder {str(folder)!r}: {config} is missing; give an exported folder") from None
+        raise EncoderError(
+            f"encoder {str(folder)!r}: {config} is missing; give an exported folder (a training checkpoint becomes one "
+            "by tools/convert_checkpoint.py export CHECKPOINT FOLDER)"
+        ) from None
     except (ValueError, AttributeError) as error:
         raise EncoderError(f"encoder {str(folder)!r}: {config} is no JSON object ({error}); export it again") from None
 

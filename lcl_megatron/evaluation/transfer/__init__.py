@@ -1,1 +1,1 @@
-"""Transfer of a pre-trained encoder to tasks, frozen or trained along (LCL, appendix A.2 and Tab. 8)."""
+"""What tasks that transfer an encoder share (LCL, appendix A.2 and Tab. 8): image sets, training, sessions, results."""

@@ -8,9 +8,7 @@ from torch import Tensor
 
 from lcl_megatron.data.decoding.images import TrainingTransform
 from lcl_megatron.data.order import keyed_uniforms
-
-FLIP = 103
-"""Stream of the decisions to flip; see ``fit.EXAMPLE_ORDER``."""
+from lcl_megatron.evaluation.transfer.streams import TransferStream
 
 
 @dataclass(frozen=True)
@@ -29,5 +27,5 @@ class CropAndFlip:
     def __call__(self, data: bytes, key: int) -> Tensor:
         """Return (3, size, size) uint8 RGB; raises ``ImageError``."""
         pixels = TrainingTransform(self.size, self.seed, self.crop_scale)(data, key)
-        is_flipped = self.flip and keyed_uniforms(1, self.seed, FLIP, key)[0] < 0.5
+        is_flipped = self.flip and keyed_uniforms(1, self.seed, TransferStream.FLIP, key)[0] < 0.5
         return pixels.flip(2) if is_flipped else pixels

@@ -5,6 +5,8 @@
     captions.json         COCO annotations, dataset_coco.json of A. Karpathy, or [{"image": .., "caption": [..]}]
     captions.tsv, .token  image and caption columns, or a header; Flickr30k's results_20130124.token
     00000.tar, a folder   pairs as img2dataset writes them: KEY.jpg with KEY.txt or KEY.json
+
+Test sets of captioning have a reader of their own, ``captioning/annotations.py``: predictions need the images' ids.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ MAX_IMAGE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class CaptionedImages:
+class CaptionedSet:
     """Images with one caption or more each."""
 
     images: ImageSet
@@ -48,6 +50,11 @@ class CaptionedImages:
     def __len__(self) -> int:
         """Return N."""
         return len(self.captions)
+
+    def contents(self) -> tuple[object, ...]:
+        """Return names of images and captions: what makes it the set that it is."""
+        names = [self.images.name(index) for index in range(len(self.images))]
+        return self.source, names, list(self.captions)
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ class JoinedImages:
 
 def open_captioned(
     files: Sequence[Path], image_root: Path | None, split: str = "", *, is_test: bool = False
-) -> CaptionedImages:
+) -> CaptionedSet:
     """Return the images of some files, with all their captions.
 
     Args:
@@ -109,7 +116,7 @@ def open_captioned(
     source = ", ".join(file.name for file in files) + (f" ({split})" if split else "")
     captions = parts[0][1] if len(parts) == 1 else [texts for _, all_texts in parts for texts in all_texts]
     images = parts[0][0] if len(parts) == 1 else JoinedImages([images for images, _ in parts])
-    return CaptionedImages(images, captions, source, dict(left_out))
+    return CaptionedSet(images, captions, source, dict(left_out))
 
 
 def _open(

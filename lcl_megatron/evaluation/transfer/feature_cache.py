@@ -57,6 +57,11 @@ class FeatureFiles:
         return torch.from_numpy(rows).view(self._dtype).view(len(indices), *self._shape)
 
 
+def evaluation_reader(encoder: ImageEncoder, images: ImageSet) -> PixelReader:
+    """Return a reader of images by the evaluation transform of an encoder's library."""
+    return PixelReader(images, lambda data, _key: encoder.preprocessing(data))
+
+
 def feature_bytes(encoder: ImageEncoder, num_images: int, precision: Precision) -> int:
     """Return the size of the features of so many images."""
     return num_images * encoder.num_patches * encoder.width * DTYPES[precision].itemsize
@@ -93,8 +98,13 @@ def cached_features(
     cache, dtype = folder / key, DTYPES[precision]
     cache.mkdir(parents=True, exist_ok=True)
     parts = [cache / f"part-{number:06d}" for number in range(-(-len(images) // PART_IMAGES))]
-    missing = replicas.from_first([number for number, part in enumerate(parts) if not part.is_file()])
-    reader = PixelReader(images, lambda data, _key: encoder.preprocessing(data))
+    counts = [min(PART_IMAGES, len(images) - number * PART_IMAGES) for number in range(len(parts))]
+    sizes = [feature_bytes(encoder, count, precision) for count in counts]
+    # A copy of a cache, or a power cut, may leave parts that are too short.
+    missing = replicas.from_first(
+        [number for number, part in enumerate(parts) if not part.is_file() or part.stat().st_size != sizes[number]]
+    )
+    reader = evaluation_reader(encoder, images)
     for number in missing[replicas.rank :: replicas.size]:
         indices = np.arange(number * PART_IMAGES, min((number + 1) * PART_IMAGES, len(images)))
         _write_part(encoder, reader, indices, parts[number], precision, batch_size)
@@ -119,6 +129,8 @@ def _write_part(
                         f"{encoder.name}: a feature of {image} is not finite; its weights are damaged or overflow"
                     )
                 stream.write(features.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+            stream.flush()
+            os.fsync(stream.fileno())
         os.replace(temporary, part)
     finally:
         temporary.unlink(missing_ok=True)

@@ -23,17 +23,16 @@ from torch import Tensor, nn
 
 from lcl_megatron.config.errors import require
 from lcl_megatron.data.order import keyed_hash, permute
+from lcl_megatron.evaluation.transfer.streams import TransferStream
 from lcl_megatron.parallel.replicas import Replicas
-
-EXAMPLE_ORDER = 101
-"""Stream of the random order of examples; ``data.order.Stream`` numbers those of pre-training from 1."""
-
-DROP_MASKS = 102
-"""Stream of what drop-path and dropout draw."""
 
 
 class DivergenceError(ValueError):
     """The loss is not finite any more."""
+
+
+class NothingToLearnError(ValueError):
+    """All examples of a step are left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +75,8 @@ class FitConfig:
             require(getattr(self, name) >= 0, f"fit.{name} = {getattr(self, name)}; expected 0 or more")
         require(
             self.warmup_steps <= self.steps,
-            f"fit.warmup_steps = {self.warmup_steps} of fit.steps = {self.steps}; warm-up is part of the steps",
+            f"fit.warmup_steps = {self.warmup_steps} of fit.steps = {self.steps}; warm-up is part of the steps: "
+            "set fewer",
         )
         require(self.lr > 0, f"fit.lr = {self.lr}; expected more than 0")
 
@@ -142,7 +142,7 @@ def draw(num_examples: int, batch_size: int, seed: int, step: int) -> Draw:
     """
     keys = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
     epochs, positions = np.divmod(keys, num_examples)
-    return Draw(permute(positions, num_examples, keyed_hash(seed, EXAMPLE_ORDER, epochs)), keys, step)
+    return Draw(permute(positions, num_examples, keyed_hash(seed, TransferStream.EXAMPLE_ORDER, epochs)), keys, step)
 
 
 def learning_rate_factor(config: FitConfig, step: int) -> float:
@@ -180,7 +180,8 @@ def fit(
         The training curve, the same on every rank.
 
     Raises:
-        DivergenceError: the loss is not finite.
+        DivergenceError: the loss is not finite, or the last step's gradient was not.
+        NothingToLearnError: the weight of a whole step's examples is 0.
         ConfigError: the batch cannot be shared evenly, or nothing can be trained.
         OSError: the saved state is damaged or belongs to another fit.
 
@@ -191,6 +192,8 @@ def fit(
     module.train()
     for step_parts in run.parts():
         run.take_step(step_parts)
+        if run.step == config.steps:
+            run.check_end()
         is_due = config.save_interval and run.step % config.save_interval == 0
         if state_file is not None and (is_due or run.step == config.steps):
             run.save(state_file)
@@ -279,7 +282,7 @@ class _Fit:
         config, replicas = self.config, self.replicas
         self.optimizer.zero_grad(set_to_none=True)
         # Drop-path and dropout draw from here; a fit that goes on after an interruption draws the same.
-        torch.manual_seed(int(keyed_hash(self.seed, DROP_MASKS, self.step, replicas.rank)) >> 1)
+        torch.manual_seed(int(keyed_hash(self.seed, TransferStream.DROP_MASKS, self.step, replicas.rank)) >> 1)
         sums = torch.zeros(2, dtype=torch.float64)
         for part in parts:
             with torch.autocast(replicas.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
@@ -287,14 +290,19 @@ class _Fit:
             torch.autograd.backward(total)
             sums += torch.tensor([float(total.detach()), float(weight)], dtype=torch.float64)
         total_loss, total_weight = replicas.sum(sums).tolist()
-        mean = total_loss / total_weight if total_weight else 0.0
+        if total_weight == 0:
+            raise NothingToLearnError(
+                f"step {self.step + 1} of {config.steps} has nothing to learn from in its {config.batch_size} "
+                "examples: their images are damaged or missing, or their texts were cut off; check the training data"
+            )
+        mean = total_loss / total_weight
         if not math.isfinite(mean):
             raise DivergenceError(
                 f"the loss of step {self.step + 1} of {config.steps} is {mean}; lower fit.lr = {config.lr:g}, lengthen "
                 f"fit.warmup_steps = {config.warmup_steps}, or set fit.grad_clip = 1"
             )
         parameters = [parameter for _, parameter in self.trained]
-        replicas.sum_gradients(parameters, max(total_weight, 1e-12))
+        replicas.sum_gradients(parameters, total_weight)
         if config.grad_clip:
             nn.utils.clip_grad_norm_(parameters, config.grad_clip)
         factor = learning_rate_factor(config, self.step)
@@ -304,6 +312,14 @@ class _Fit:
         self.step += 1
         is_point = self.step % config.log_interval == 0 or self.step == config.steps
         self.log.add(self.step, mean, config.lr * factor, is_point)
+
+    def check_end(self) -> None:
+        """Raise DivergenceError unless all that was trained is finite: no further loss would tell."""
+        if bad := [name for name, value in self.trained if not bool(torch.isfinite(value).all())]:
+            raise DivergenceError(
+                f"{len(bad)} parameters are not finite after the last step, e.g. {bad[0]}; lower fit.lr = "
+                f"{self.config.lr:g}, or set fit.grad_clip = 1"
+            )
 
     @property
     def identity(self) -> str:

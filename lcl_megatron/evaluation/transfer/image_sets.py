@@ -182,33 +182,6 @@ class TarImages:
         return _hash([_tar_state(tar) for tar in self.tars] + places)
 
 
-@dataclass(frozen=True)
-class ImageSubset:
-    """Some images of a set, in an order of their own."""
-
-    whole: ImageSet
-    """The set."""
-    indices: np.ndarray
-    """(N,) int64 into it."""
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.indices)
-
-    def name(self, index: int) -> str:
-        """Return what the set calls it."""
-        return self.whole.name(int(self.indices[index]))
-
-    def read(self, index: int) -> bytes:
-        """Return the encoded image; raises ``DataError``."""
-        return self.whole.read(int(self.indices[index]))
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of the set and the choice."""
-        return hashlib.sha256(self.whole.fingerprint.encode() + self.indices.tobytes()).hexdigest()[:16]
-
-
 def _tar_state(tar: Path) -> str:
     info = tar.stat()
     return f"{tar.resolve()}\0{info.st_size}\0{info.st_mtime_ns}"
@@ -251,19 +224,24 @@ class PixelReader:
         """
         return torch.stack(list(self._threads.map(self._pixels, *_arguments(indices, keys))))
 
-    def read_good(self, indices: np.ndarray, keys: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
+    def read_good(self, indices: np.ndarray, keys: np.ndarray | None = None, size: int = 0) -> tuple[Tensor, Tensor]:
         """Return pixels (n, 3, S, S), and (n,) bool where the image is good; bad ones are blank.
 
-        For training on images from the web, of which some are always damaged. The arguments are those of a call.
+        For training on images from the web, of which some are always damaged.
+
+        Args:
+            indices: see a call.
+            keys: see a call.
+            size: S of the blanks where no image is good, as in a small part of a batch; 0 = that is an error.
 
         Raises:
             DataError: no image is good; names the first.
         """
         found = list(self._threads.map(self._pixels_or_error, *_arguments(indices, keys)))
         pixels = [item for item in found if isinstance(item, Tensor)]
-        if not pixels:
+        if not pixels and not size:
             raise next(item for item in found if isinstance(item, DataError))
-        blank = torch.zeros_like(pixels[0])
+        blank = torch.zeros_like(pixels[0]) if pixels else torch.zeros(3, size, size, dtype=torch.uint8)
         is_good = torch.tensor([isinstance(item, Tensor) for item in found])
         return torch.stack([item if isinstance(item, Tensor) else blank for item in found]), is_good
 

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +38,11 @@ class LabelledSet:
     source: str
     """Data set and split, for messages and results."""
 
+    def contents(self) -> tuple[object, ...]:
+        """Return names of images, classes and labels: what makes it the set that it is."""
+        names = [self.images.name(index) for index in range(len(self.images))]
+        return self.source, names, self.labels.tolist(), self.classes
+
 
 def open_labelled(root: Path, train_split: str, test_split: str) -> tuple[LabelledSet, LabelledSet]:
     """Return the two splits of a data set, whose layout its files show.
@@ -54,7 +60,9 @@ def open_labelled(root: Path, train_split: str, test_split: str) -> tuple[Labell
     """
     train, test = open_split(root, train_split), open_split(root, test_split)
     classes = tuple(sorted({*train.classes, *test.classes}, key=_class_order))
-    if unknown := sorted({test.classes[label] for label in np.unique(test.labels)} - set(train.classes)):
+    # Of labels.csv and tars every split has all classes, but not images of each.
+    seen, asked = ({split.classes[label] for label in np.unique(split.labels)} for split in (train, test))
+    if unknown := sorted(asked - seen):
         raise DataError(
             f"{test.source} has {len(unknown)} classes that {train.source} lacks, e.g. {unknown[0]}; they could never "
             "be found: give splits of one data set"
@@ -67,6 +75,17 @@ def open_split(root: Path, split: str) -> LabelledSet:
     if not root.is_dir():
         raise DataError(f"there is no data folder {root}; give the folder of the labelled images")
     return _layout(root, split)(root, split)
+
+
+def describe_splits(train: LabelledSet, test: LabelledSet) -> dict[str, Any]:
+    """Return what results record of the data: both sources, their sizes, and the number of classes."""
+    return {
+        "train": train.source,
+        "test": test.source,
+        "train_images": len(train.images),
+        "test_images": len(test.images),
+        "classes": len(train.classes),
+    }
 
 
 def _layout(root: Path, split: str) -> Callable[[Path, str], LabelledSet]:
@@ -156,8 +175,8 @@ def _class_number(text: bytes, where: str) -> int:
 
 
 def _class_order(name: str) -> tuple[int, str]:
-    """Numbers by value, names by alphabet."""
-    return (int(name), "") if name.isdecimal() else (-1, name)
+    """Numbers by value, names by alphabet; 1 and 01 are two classes, in the same order in every process."""
+    return (int(name) if name.isdecimal() else -1, name)
 
 
 def _renumbered(split: LabelledSet, classes: Sequence[str]) -> LabelledSet:

@@ -97,17 +97,22 @@ def _number(metric: MetricSummary, value: float) -> str:
 
 
 def draw_results(results: Sequence[TaskResult], path: Path) -> None:
-    """Draw, for every task and test set, the training curves and the scores with the wider of their intervals."""
+    """Draw, for every task and test set, the training curves and the scores with the wider of their intervals.
+
+    Without a curve anywhere there are only the scores.
+    """
     groups = group_results(results)
     most_bars = max((len(r.metrics) for r in results), default=1) * max(map(len, groups.values()), default=1)
-    figure = Figure(figsize=(12, len(groups) * max(3.0, 1.2 + 0.28 * most_bars)), layout="constrained")
+    columns = 2 if any(result.curves for result in results) else 1
+    figure = Figure(figsize=(6 * columns, len(groups) * max(3.0, 1.2 + 0.28 * most_bars)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(groups), 2, squeeze=False)
+    axes = figure.subplots(len(groups), columns, squeeze=False)
     for row, ((task, test), members) in zip(axes, groups.items(), strict=True):
-        _draw_curves(row[0], members)
-        _draw_bars(row[1], members)
-        row[0].set_title(f"{task}: training", loc="left", fontsize=10)
-        row[1].set_title(f"{test}: scores, with 95% intervals", loc="left", fontsize=10)
+        if columns == 2:
+            _draw_curves(row[0], members)
+            row[0].set_title(f"{task}: training", loc="left", fontsize=10)
+        _draw_bars(row[-1], members)
+        row[-1].set_title(f"{task}, {test}: scores, with 95% intervals", loc="left", fontsize=10)
     figure.savefig(path, dpi=110)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import time
@@ -34,20 +35,40 @@ class Session:
     results: list[TaskResult] = field(default_factory=list)
     """Finished encoders."""
 
-    def state_file(self, encoder: dict[str, Any], mode: Mode, seed: int) -> Path:
-        """Return where a fit is saved until the call ends; ``encoder`` is its description."""
+    def state_file(self, encoder: dict[str, Any], mode: Mode, seed: int, trained_on: str) -> Path:
+        """Return where a fit is saved until the call ends.
+
+        Args:
+            encoder: its description.
+            mode: frozen or full.
+            seed: of the fit.
+            trained_on: ``digest`` of the training data and of the settings that ``fit`` does not know of.
+
+        Parallel: one broadcast.
+        """
         name = re.sub(r"[^A-Za-z0-9.-]+", "_", str(encoder["name"]))[-60:]
-        return self.output / "states" / f"{name}-{encoder['fingerprint']}-{mode}-seed{seed}.pt"
+        file = f"{name}-{encoder['fingerprint']}-{mode}-seed{seed}-{trained_on}.pt"
+        return self.replicas.from_first(self.output / "states" / file)
 
     def add(self, result: TaskResult) -> None:
         """Take a finished result; all files are written anew, so that a later failure loses nothing."""
         self.results.append(result)
         if self.replicas.is_first:
             write_results(self.results, self.output)
+        name = f"{result.encoder['name']} {result.mode}".rstrip()
         for metric in result.metrics:
             unit = "%" if metric.percent else ""
             value = 100 * metric.mean if metric.percent else metric.mean
-            self.say(f"{result.encoder['name']} {result.mode}: {metric.name} {value:.2f}{unit}")
+            self.say(f"{name}: {metric.name} {value:.2f}{unit}")
+
+
+def digest(*parts: object) -> str:
+    """Return 16 hex digits that change with the ``repr`` of any part.
+
+    They name a saved state, which must not be taken up by a call with other data or settings: the fit would end as a
+    mixture of both, or, if it had ended before, as that of the old ones.
+    """
+    return hashlib.sha256("\0".join(map(repr, parts)).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 @contextmanager

@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from lcl_megatron.checkpoint.stock_libraries import stock_library
+from lcl_megatron.checkpoint.tensor_files import write_tensors
 from lcl_megatron.evaluation.encoders.encoder import ImageEncoder
 from lcl_megatron.evaluation.encoders.load import load_encoder
 from lcl_megatron.evaluation.vision_language.model import Connector, VisionLanguageModel
@@ -219,7 +220,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
 def _save_weights(module: nn.Module, path: Path) -> None:
     # A copy of each: safetensors refuses tensors that share memory.
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in module.state_dict().items()}
-    save_file(state, path, metadata={"format": "pt"})
+    write_tensors(state, path)
 
 
 def _load_weights(module: nn.Module, path: Path) -> None:

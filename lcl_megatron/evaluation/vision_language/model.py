@@ -194,6 +194,11 @@ class VisionLanguageModel(nn.Module):
             max_new_tokens=how.max_new_tokens,
             eos_token_id=eos_token_id,
             pad_token_id=pad_token_id,
+            # A model's own settings for chats would change what is likeliest.
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            min_length=0,
+            min_new_tokens=0,
             **settings,
         )
         return cast(Tensor, generated)

@@ -12,6 +12,13 @@ def model_name(task: str, encoder: str, mode: str, seed: int) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "_", f"{task}-{encoder[-100:]}-{mode}-seed{seed}")
 
 
-def state_file(output: Path, name: str, encoder: dict[str, Any]) -> Path:
-    """Return where the training of a model is saved until the call ends; ``encoder`` is its description."""
-    return output / "states" / f"{name}-{encoder.get('fingerprint', '')}.pt"
+def state_file(output: Path, name: str, encoder: dict[str, Any], trained_on: str) -> Path:
+    """Return where the training of a model is saved until the call ends.
+
+    Args:
+        output: folder of the results.
+        name: of the model.
+        encoder: its description.
+        trained_on: ``session.digest`` of the training data and of the settings that ``fit`` does not know of.
+    """
+    return output / "states" / f"{name}-{encoder.get('fingerprint', '')}-{trained_on}.pt"

@@ -67,8 +67,7 @@ def train_parts(
         The training curve.
 
     Raises:
-        DivergenceError, ConfigError, OSError: see ``fit``.
-        DataError: an image is missing.
+        DivergenceError, NothingToLearnError, ConfigError, OSError: see ``fit``.
     """
     model, reader = assembled.model, pixel_reader(assembled, texts.images)
     model.set_trained(parts)
@@ -84,7 +83,7 @@ def train_parts(
         flat = np.array([number for of_text in numbers for number in of_text], dtype=np.int64)
         if not len(flat):
             return collate(sequences, torch.zeros(0, 3, size, size, dtype=torch.uint8))
-        pixels, is_good = reader.read_good(flat)
+        pixels, is_good = reader.read_good(flat, size=size)
         owners = np.repeat(np.arange(len(numbers)), [len(of_text) for of_text in numbers])
         for row in set(owners[~is_good.numpy()].tolist()):
             sequences[row] = dataclasses.replace(sequences[row], labels=np.full_like(sequences[row].labels, IGNORED))

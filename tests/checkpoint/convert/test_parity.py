@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lcl_megatron.checkpoint.convert.targets import Source
+from lcl_megatron.checkpoint.convert.export_targets import ExportSource
 from lcl_megatron.checkpoint.convert.timm_vit import architecture_of, to_timm
 from lcl_megatron.checkpoint.export import ExportReport, Measurement, export_weights
 from lcl_megatron.checkpoint.export_check import measure, reference
@@ -144,6 +144,7 @@ def test_nan_and_lost_tensors_do_not_pass() -> None:
     assert not Measurement("x", 1.1e-5, 0.1).passed
     assert Measurement("x", 9e-5, 10.0).passed
     assert not Measurement("x", float("nan"), 1.0).passed
+    assert not Measurement("x", float("inf"), float("inf")).passed
     assert not Measurement("x", 0.0, 1.0, missing_keys=("a",)).passed
     assert not Measurement("x", 0.0, 1.0, unexpected_keys=("a",)).passed
 
@@ -152,7 +153,7 @@ def test_llava_reads_the_layer_before_the_last(exported: tuple[Any, ExportReport
     """LLaVA-1.5 takes ``hidden_states[-2]``: here, what our tower has after all layers but one."""
     weights, _, folder = exported
     tower = transformers.CLIPVisionModel.from_pretrained(folder / "clip_vision").eval()
-    with torch.no_grad(), reference(Source(weights)) as model:
+    with torch.no_grad(), reference(ExportSource(weights)) as model:
         vision: Any = model.model.vision
         vision.layers._modules.pop("1")
         vision.final_layernorm = torch.nn.Identity()
@@ -219,7 +220,7 @@ def test_documents_of_the_check_fit_the_positions(
 ) -> None:
     """4 latents per image; the smallest row is <s> <BoI> image <EoI>."""
     config = tiny_config(language={"max_position_embeddings": positions, "vocab_size": tokenizer.vocab_size})
-    with reference(Source(random_weights(config, tokenizer=tokenizer.model))) as model:
+    with reference(ExportSource(random_weights(config, tokenizer=tokenizer.model))) as model:
         special = tokenizer.special_tokens
         batch = model.interleaved(special)
         assert batch.num_images == images
@@ -227,3 +228,16 @@ def test_documents_of_the_check_fit_the_positions(
         assert batch.tokens[0, batch.context_slots].tolist() == [special.boi] * images
         assert int((batch.tokens == special.image).sum()) == 4 * images
         assert torch.isfinite(model.logits(batch)).all()
+
+
+def test_nan_in_one_of_several_outputs_is_found(transformers: ModuleType, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The projection of the text reaches its features only, which are not the first outputs that are compared."""
+    weights = random_weights(tiny_config({}, {"vocab_size": tokenizer.vocab_size}), tokenizer=tokenizer.model)
+    report = export_weights(weights, tmp_path / "export", include_whole_model=True)
+    file = tmp_path / "export" / "lcl" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["context_projection.weight"][0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    only = {"whole_model": report.folders["whole_model"]}
+    (measurement,) = measure(ExportReport({}, {}, only), weights, tmp_path / "export").values()
+    assert not measurement.passed

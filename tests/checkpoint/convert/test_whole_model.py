@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lcl_megatron.checkpoint.convert.targets import Source
+from lcl_megatron.checkpoint.convert.export_targets import ExportSource
 from lcl_megatron.checkpoint.export import export_weights
 from lcl_megatron.checkpoint.export_check import Reference, document_batch, reference
 from lcl_megatron.checkpoint.weights import ModelWeights
@@ -46,7 +46,7 @@ def export(weights: ModelWeights, transformers: ModuleType, tmp_path_factory: py
 
 @pytest.fixture(scope="module")
 def own(weights: ModelWeights) -> Iterator[Reference]:
-    with reference(Source(weights)) as model:
+    with reference(ExportSource(weights)) as model:
         yield model
 
 
@@ -109,6 +109,8 @@ def test_features_are_those_of_the_contrastive_loss(whole: Any, own: Reference, 
     first = int(batch.context_slots[0])
     text = whole.encode_text(batch.tokens[:, : first + 1])
     assert (text - normalize(context[:1], dim=-1)).abs().max() < 1e-6
+    with pytest.raises(ValueError, match=r"1 of 1 rows have no <BoI> \(id \d+\), at which a text is encoded"):
+        whole.encode_text(batch.tokens[:, :first])
 
 
 @torch.no_grad()

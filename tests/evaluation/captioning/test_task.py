@@ -13,7 +13,6 @@ import pytest
 from lcl_megatron.checkpoint.stock_libraries import LibraryError, stock_library
 from lcl_megatron.config.errors import ConfigError
 from lcl_megatron.evaluation.captioning.annotations import CaptionedImage, read_caption_test_set
-from lcl_megatron.evaluation.captioning.predictions import read_predictions
 from lcl_megatron.evaluation.captioning.scores import score_captions
 from lcl_megatron.evaluation.captioning.task import CaptioningSettings, open_caption_test, score_test
 from lcl_megatron.evaluation.flags import TransferFlags
@@ -65,7 +64,8 @@ def test_a_model_learns_to_say_what_it_sees(folder: Path, tmp_path: Path) -> Non
     )  # fmt: skip
     (result,) = read_json(tmp_path / "out")
     entries = read_caption_test_set(folder / "test.json")
-    captions = read_predictions(tmp_path / "out" / "predictions" / "captioning-tiny-frozen-seed0-test.json", entries)
+    written = tmp_path / "out" / "predictions" / "captioning-tiny-frozen-seed0-test.json"
+    captions = [record["caption"] for record in json.loads(written.read_text())]
     scores = score_captions(captions, [entry.captions for entry in entries])
     metrics = {metric.name: metric for metric in result.metrics}
     assert list(metrics) == ["CIDEr", "BLEU-4", "BLEU-3", "BLEU-2", "BLEU-1"]
@@ -140,3 +140,13 @@ def test_results_of_several_test_sets_and_numbers_of_pairs(folder: Path, tmp_pat
     tests = [open_caption_test(path, folder / "images") for path in (folder / "test.json", other)]
     assert [(test.name, len(test.images)) for test in tests] == [("test", 8), ("other", 3)]
     assert np.array_equal([entry.image_id for entry in tests[1].entries], [20, 21, 22])
+
+
+@needs_java
+def test_chance_is_of_other_images_only() -> None:
+    captions = ["one red cat sleeps", "two blue dogs bark", "five green birds sing", "nine old men walk"]
+    entries = [CaptionedImage(number, f"{number}.png", (caption,)) for number, caption in enumerate(captions)]
+    scored = score_test(entries, captions)
+    assert scored.scores[""].values["BLEU-1"] == pytest.approx(1)
+    assert scored.chance["CIDEr"] == pytest.approx(0, abs=1e-9)
+    assert scored.chance["BLEU-1"] == pytest.approx(0, abs=1e-9)

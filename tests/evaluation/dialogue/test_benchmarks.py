@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from lcl_megatron.evaluation.dialogue.benchmark import BenchmarkError, BenchmarkFiles, Question
 from lcl_megatron.evaluation.dialogue.benchmarks.known import BENCHMARKS, known_benchmark
-from lcl_megatron.evaluation.dialogue.question import BenchmarkError, BenchmarkFiles, Question
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."

@@ -13,9 +13,9 @@ import pytest
 
 from lcl_megatron.checkpoint.stock_libraries import LibraryError, stock_library
 from lcl_megatron.config.errors import ConfigError
+from lcl_megatron.evaluation.dialogue.benchmark import BenchmarkError
 from lcl_megatron.evaluation.dialogue.benchmark_list import open_benchmarks
 from lcl_megatron.evaluation.dialogue.conversations import ConversationError
-from lcl_megatron.evaluation.dialogue.question import BenchmarkError
 from lcl_megatron.evaluation.dialogue.task import DialogueSettings, open_conversations, other_images
 from lcl_megatron.evaluation.flags import TransferFlags
 from lcl_megatron.evaluation.generation_commands import dialogue, dialogue_score
@@ -116,6 +116,23 @@ def test_stage_2_goes_on_from_a_saved_stage_1_and_two_ranks_answer_alike(folder:
             flags(tmp_path / "x"), "other", folder / "chats.json", folder / "images", folder / "benchmarks.toml",
             aligned=aligned,
         )  # fmt: skip
+
+
+def test_states_of_a_call_that_failed_are_not_taken_up_with_another_stage_1(folder: Path, tmp_path: Path) -> None:
+    few = (*QUICK, "tuning.steps=3", "tuning.warmup_steps=1", "alignment.steps=3", "other_images=false")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "answers").write_text("in the way")
+    with pytest.raises(OSError, match="answers"):
+        run(folder, tmp_path / "out", few)
+    (tmp_path / "out" / "answers").unlink()
+    pairs = json.loads((folder / "pairs.json").read_text())
+    captions = [pair["conversations"][1]["value"] for pair in pairs]
+    for pair, caption in zip(pairs, captions[1:] + captions[:1], strict=True):
+        pair["conversations"][1]["value"] = caption
+    for name in ("out", "fresh"):
+        run(folder, tmp_path / name, few, alignment=write_json(tmp_path / "pairs.json", pairs))
+    found, fresh = (read_json(tmp_path / name)[0].curves for name in ("out", "fresh"))
+    assert found == fresh
 
 
 def test_paper_preset_is_table_8() -> None:

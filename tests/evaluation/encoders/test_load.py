@@ -82,6 +82,39 @@ def test_exported_folder_equals_timm(tmp_path: Path, arguments: dict[str, Any]) 
     torch.testing.assert_close(features_of(encoder), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_untrained_twin_of_a_folder_has_its_shapes_and_transform_and_other_weights(tmp_path: Path) -> None:
+    folder = write_timm_folder(tmp_path / "export", make_timm())
+    trained, first, again, other = (
+        load_encoder(spec, seed=seed)
+        for spec, seed in (
+            (str(folder), 0),
+            (f"random:{folder}", 0),
+            (f"twin=random:{folder}", 0),
+            (f"random:{folder}", 1),
+        )
+    )
+    states = [encoder.model.state_dict() for encoder in (trained, first, again, other)]
+    assert [{name: tensor.shape for name, tensor in state.items()} for state in states[1:]] == [
+        {name: tensor.shape for name, tensor in states[0].items()}
+    ] * 3
+    assert first.preprocessing == trained.preprocessing
+    assert (first.name, again.name) == (f"random:{folder}", "twin")
+    name = "blocks.0.attn.qkv.weight"
+    assert torch.equal(states[1][name], states[2][name])
+    assert not torch.equal(states[1][name], states[0][name])
+    assert not torch.equal(states[1][name], states[3][name])
+    # Arguments go on top of the folder's own.
+    assert load_encoder(f"random:{folder}?depth=1").num_patches == 16
+
+
+def test_untrained_twin_needs_a_folder_of_timm(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "clip_vision_model"}')
+    with pytest.raises(
+        EncoderError, match="random: takes the architecture of a timm_wrapper folder: give the folder that"
+    ):
+        load_encoder(f"random:{tmp_path}")
+
+
 def test_norm_behind_the_pool_is_applied_to_tokens() -> None:
     timm = stock_or_skip("timm")
     spec = f"random:{SMALL_SPEC},global_pool='avg',fc_norm=true"
@@ -181,6 +214,21 @@ def test_fingerprint_follows_weights_and_preprocessing() -> None:
     assert len({before, changed, encoder.fingerprint()}) == 3
 
 
+def test_fingerprint_follows_what_is_computed_from_the_same_weights() -> None:
+    """Features of one would otherwise be taken from the cache of the other; drop-path changes nothing there."""
+    stock_or_skip("timm")
+    spec = f"random:{SMALL_SPEC}"
+    variants = [f"{spec},act_layer='quick_gelu'", spec.replace("num_heads=2", "num_heads=4")]
+    plain = load_encoder(spec)
+    for variant in variants:
+        changed = load_encoder(variant)
+        for name, tensor in plain.model.state_dict().items():
+            assert torch.equal(changed.model.state_dict()[name], tensor)
+        assert not torch.equal(features_of(changed), features_of(plain))
+        assert changed.fingerprint() != plain.fingerprint()
+    assert load_encoder(spec, drop_path_rate=0.5).fingerprint() == plain.fingerprint()
+
+
 @pytest.mark.parametrize("kind", ["timm", "clip"])
 def test_drop_path_acts_in_training_only_and_keeps_the_mean(tmp_path: Path, kind: str) -> None:
     stock_or_skip("timm")
@@ -238,7 +286,9 @@ def test_what_cannot_be_loaded_is_explained(spec: str, message: str) -> None:
 
 
 def test_bad_folders_are_explained(tmp_path: Path) -> None:
-    with pytest.raises(EncoderError, match=r"config.json is missing; give an exported folder"):
+    with pytest.raises(
+        EncoderError, match=r"config.json is missing; give an exported folder \(a training checkpoint becomes"
+    ):
         load_encoder(str(tmp_path))
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(EncoderError, match="is no JSON object"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lcl_megatron.config.errors import ConfigError
-from lcl_megatron.evaluation.transfer.caption_sets import CaptionedImages, open_captioned
+from lcl_megatron.evaluation.transfer.caption_sets import CaptionedSet, open_captioned
 from lcl_megatron.evaluation.transfer.image_sets import DataError
 from tests.evaluation.transfer.small_sets import picture, write_captioned, write_tar
 
@@ -16,7 +16,7 @@ CAPTIONS = [("a red square", "this one is red"), ("a blue square", "this one is 
 DATA = [picture("red", 0), picture("blue", 1)]
 
 
-def contents(found: CaptionedImages) -> list[tuple[bytes, tuple[str, ...]]]:
+def contents(found: CaptionedSet) -> list[tuple[bytes, tuple[str, ...]]]:
     return [(found.images.read(index), texts) for index, texts in enumerate(found.captions)]
 
 

@@ -15,7 +15,7 @@ from lcl_megatron.evaluation.encoders.encoder import EncoderError, ImageEncoder
 from lcl_megatron.evaluation.encoders.preprocessing import Preprocessing
 from lcl_megatron.evaluation.transfer import feature_cache
 from lcl_megatron.evaluation.transfer.feature_cache import FeatureError, cached_features, feature_bytes
-from lcl_megatron.evaluation.transfer.frozen import LiveFeatures, StoredFeatures, open_features
+from lcl_megatron.evaluation.transfer.frozen_features import LiveFeatures, StoredFeatures, open_features
 from lcl_megatron.evaluation.transfer.image_sets import DataError, FolderImages
 from lcl_megatron.evaluation.transfer.session import Session
 from lcl_megatron.parallel.replicas import Replicas
@@ -78,6 +78,18 @@ def test_stored_features_are_the_encoder_s_and_computed_once(tmp_path: Path, ima
     again = cached_features(encoder, images, tmp_path / "cache", ALONE)
     assert model.images == 0
     assert torch.equal(again[order], files[order])
+
+
+def test_parts_that_were_cut_off_are_computed_again(tmp_path: Path, images: FolderImages) -> None:
+    encoder, model = make_encoder()
+    cached_features(encoder, images, tmp_path / "cache", ALONE)
+    (cache,) = (tmp_path / "cache").iterdir()
+    for part, kept in (("part-000000", 24), ("part-000001", 0)):
+        os.truncate(cache / part, kept)
+    model.images = 0
+    files = cached_features(encoder, images, tmp_path / "cache", ALONE)
+    assert model.images == 8
+    torch.testing.assert_close(files[np.arange(COUNT)], direct(encoder, images), rtol=1e-6, atol=1e-6)
 
 
 def test_another_encoder_or_image_is_another_cache(tmp_path: Path, images: FolderImages) -> None:

@@ -23,6 +23,7 @@ from lcl_megatron.evaluation.transfer.fit import (
     Draw,
     FitConfig,
     LossSum,
+    NothingToLearnError,
     PreparedLoss,
     draw,
     fit,
@@ -237,12 +238,34 @@ def test_a_loss_that_is_not_finite_is_an_error() -> None:
         fit(module, loss, 30, CONFIG, ALONE)
 
 
+def test_a_last_gradient_that_is_not_finite_is_an_error() -> None:
+    """Its loss is finite, and there is no other loss behind it."""
+    module = new_module()
+
+    def loss(part: Draw) -> LossSum:
+        total, weight = loss_of(module)(part)
+        return LossSum(total + (0.0 * total).sqrt() if part.step == CONFIG.steps - 1 else total, weight)
+
+    with pytest.raises(DivergenceError, match=r"4 parameters are not finite after the last step, e\.g\. 0\.weight"):
+        fit(module, loss, 30, CONFIG, ALONE)
+
+
+def test_a_step_without_anything_to_learn_is_an_error() -> None:
+    module = new_module()
+
+    def loss(part: Draw) -> LossSum:
+        return LossSum(0.0 * module(INPUTS[part.indices]).sum(), 8.0 * (part.step < 2))
+
+    with pytest.raises(NothingToLearnError, match="step 3 of 7 has nothing to learn from in its 8 examples"):
+        fit(module, loss, 30, CONFIG, ALONE)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"steps": 0}, "fit.steps = 0; expected at least 1"),
         ({"batch_size": 0}, "fit.batch_size = 0; expected at least 1"),
-        ({"warmup_steps": 8}, "fit.warmup_steps = 8 of fit.steps = 7; warm-up is part of the steps"),
+        ({"warmup_steps": 8}, "fit.warmup_steps = 8 of fit.steps = 7; warm-up is part of the steps: set fewer"),
         ({"grad_clip": -1.0}, "fit.grad_clip = -1.0; expected 0 or more"),
         ({"lr": 0.0}, "fit.lr = 0.0; expected more than 0"),
     ],

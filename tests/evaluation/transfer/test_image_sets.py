@@ -16,7 +16,6 @@ from lcl_megatron.evaluation.transfer.image_sets import (
     DataError,
     FolderImages,
     ImageSet,
-    ImageSubset,
     PixelReader,
     StoredImages,
     TarImages,
@@ -57,9 +56,6 @@ def test_images_are_the_bytes_that_were_written(tmp_path: Path, make: object) ->
     assert len({images.name(index) for index in range(3)}) == 3
 
     before = images.fingerprint
-    subset = ImageSubset(images, np.array([2, 0]))
-    assert (subset.read(0), subset.name(1), len(subset)) == (DATA[2], images.name(0), 2)
-    assert subset.fingerprint not in (before, ImageSubset(images, np.array([0, 2])).fingerprint)
     again: ImageSet = make(tmp_path / "set2")  # type: ignore[operator]
     assert again.fingerprint != before
 
@@ -131,3 +127,5 @@ def test_damaged_images_are_named_or_left_out(tmp_path: Path) -> None:
     assert torch.equal(pixels[2], PREPROCESSING(DATA[2]))
     with pytest.raises(DataError, match=r"b\.png"):
         reader.read_good(np.array([1]))
+    pixels, is_good = reader.read_good(np.array([1]), size=8)
+    assert (pixels.shape, int(pixels.sum()), is_good.tolist()) == ((1, 3, 8, 8), 0, [False])

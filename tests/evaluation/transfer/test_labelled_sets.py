@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lcl_megatron.evaluation.transfer.image_sets import DataError
-from lcl_megatron.evaluation.transfer.labelled_sets import LabelledSet, open_labelled, open_split
+from lcl_megatron.evaluation.transfer.labelled_sets import LabelledSet, _class_order, open_labelled, open_split
 from tests.evaluation.transfer.small_sets import COLOURS, picture, write_folders, write_tar
 
 
@@ -87,3 +87,19 @@ def test_missing_data_are_explained(tmp_path: Path) -> None:
     (tmp_path / "train" / "red" / "a.png").write_bytes(picture("red", 1))
     with pytest.raises(DataError, match="/val has 2 classes that .*/train lacks, e.g. blue"):
         open_labelled(tmp_path, "train", "val")
+
+
+def test_a_class_without_training_images_is_explained_in_every_layout(tmp_path: Path) -> None:
+    rows = ["a.png,train,cat", "b.png,train,dog", "c.png,val,cat", "d.png,val,emu"]
+    (tmp_path / "labels.csv").write_text("\n".join(["image_name,split,label", *rows]) + "\n")
+    with pytest.raises(DataError, match="/val has 1 classes that .*/train lacks, e.g. emu; they could never be found"):
+        open_labelled(tmp_path, "train", "val")
+    for split, numbers in (("train", (0, 2)), ("val", (0, 1))):
+        members = [(f"{n}{end}", data) for n in numbers for end, data in ((".png", b"x"), (".cls", b"%d" % n))]
+        write_tar(tmp_path / "tars" / f"{split}.tar", members)
+    with pytest.raises(DataError, match="/val has 1 classes that .*/train lacks, e.g. 1;"):
+        open_labelled(tmp_path / "tars", "train", "val")
+
+
+def test_numbers_of_equal_value_are_ordered_by_their_digits() -> None:
+    assert [sorted(names, key=_class_order) for names in (("1", "01", "x"), ("01", "x", "1"))] == [["x", "01", "1"]] * 2

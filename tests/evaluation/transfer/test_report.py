@@ -56,3 +56,10 @@ def test_picture_has_a_row_for_each_test_set(tmp_path: Path) -> None:
             assert len(image.convert("RGB").getcolors(1 << 24) or []) > 10
     assert sizes[0][0] == sizes[1][0]
     assert sizes[1][1] == 2 * sizes[0][1]
+
+
+def test_picture_of_what_is_not_trained_has_no_room_for_curves(tmp_path: Path) -> None:
+    draw_results([make_result()], tmp_path / "trained.png")
+    draw_results([make_result(curves={})], tmp_path / "not.png")
+    with Image.open(tmp_path / "trained.png") as trained, Image.open(tmp_path / "not.png") as other:
+        assert trained.size == (2 * other.size[0], other.size[1])

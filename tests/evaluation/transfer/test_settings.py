@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from lcl_megatron.config.errors import ConfigError
-from lcl_megatron.evaluation.transfer.classification import ClassificationSettings
+from lcl_megatron.evaluation.classification.task import ClassificationSettings
+from lcl_megatron.evaluation.retrieval.task import RetrievalSettings
 from lcl_megatron.evaluation.transfer.fit import FitConfig
-from lcl_megatron.evaluation.transfer.retrieval import RetrievalSettings
 from lcl_megatron.evaluation.transfer.settings import preset_names, read_settings
 
 

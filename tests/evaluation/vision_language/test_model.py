@@ -181,6 +181,15 @@ def test_greedy_answers_follow_the_logits() -> None:
         assert int(scores[0, -1].argmax()) == answer[step]
 
 
+@pytest.mark.parametrize("settings", [{"repetition_penalty": 9.0}, {"no_repeat_ngram_size": 1}, {"do_sample": True}])
+def test_settings_of_the_language_model_s_own_do_not_change_answers(settings: dict[str, Any]) -> None:
+    model, ids, pixels = small_model(), [4, 5, IMAGE_INDEX, 6], images(1)
+    expected = model.generate(collate([sequence(ids)], pixels), Generation(12), -1, 0)
+    for name, value in settings.items():
+        setattr(model.language_model.generation_config, name, value)
+    assert torch.equal(model.generate(collate([sequence(ids)], pixels), Generation(12), -1, 0), expected)
+
+
 def test_the_answer_depends_on_the_image() -> None:
     model = small_model()
     one, other = (model.logits(model.embed(collate([sequence([7, IMAGE_INDEX, 8])], p))) for p in images(2).split(1))

@@ -112,6 +112,10 @@ def test_a_damaged_image_is_not_learnt_and_a_missing_one_is_an_error(folder: Pat
         numbers = np.array([rest.image_numbers(index)[0] for index in range(4, 24)])
         total, weight = kept.model.loss_sum(collate(kept_sequences, pixel_reader(kept, rest.images)(numbers)))
         assert loss == pytest.approx(float(total) / weight, rel=1e-5)
+        # However the batch is divided, also where a part has damaged images only.
+        config = FitConfig(steps=1, batch_size=24, lr=1e-3, micro_batch_size=1)
+        (by_one,) = train_parts(new_model(tmp_path), PARTS, data, config, replicas).losses  # type: ignore[arg-type]
+        assert by_one == pytest.approx(loss, rel=1e-5)
         prompt = assembled.builder.build([Piece("<image>")], 1)
         images = FolderImages(tmp_path / "images", ["0000.png"])
         with pytest.raises(DataError, match="0000.png"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lcl_megatron.data.readers.records import RecordError, get_field, kind_name, parse_json
-from lcl_megatron.evaluation.dialogue.question import BenchmarkError
+from lcl_megatron.evaluation.dialogue.benchmark import BenchmarkError
 
 FETCH = "fetch it again from the benchmark's site, or give another path"
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from lcl_megatron.evaluation.dialogue.benchmark import Benchmark, BenchmarkError
 from lcl_megatron.evaluation.dialogue.benchmarks import multiple_choice, open_answers, yes_no_questions
-from lcl_megatron.evaluation.dialogue.question import Benchmark, BenchmarkError
 
 BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark

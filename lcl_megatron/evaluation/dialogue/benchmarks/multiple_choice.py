@@ -22,6 +22,16 @@ from typing import Any
 import numpy as np
 
 from lcl_megatron.data.readers.records import get_field, get_text
+from lcl_megatron.evaluation.dialogue.benchmark import (
+    Benchmark,
+    BenchmarkError,
+    BenchmarkFiles,
+    Measure,
+    Question,
+    Score,
+    mean_by_image,
+    means_by_category,
+)
 from lcl_megatron.evaluation.dialogue.benchmarks.files import (
     list_of,
     one_line,
@@ -33,16 +43,6 @@ from lcl_megatron.evaluation.dialogue.benchmarks.files import (
 )
 from lcl_megatron.evaluation.dialogue.benchmarks.spreadsheet import write_spreadsheet
 from lcl_megatron.evaluation.dialogue.choices import LETTERS, choice_prompt, chosen_option
-from lcl_megatron.evaluation.dialogue.question import (
-    Benchmark,
-    BenchmarkError,
-    BenchmarkFiles,
-    Measure,
-    Question,
-    Score,
-    mean_by_image,
-    means_by_category,
-)
 
 _MMBENCH_LEFT_OUT = ("hint", "category", "source", "image", "comment", "l2-category", "split")
 _MMBENCH_ROTATION = 1_000_000

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lcl_megatron.data.readers.records import get_field, get_text
-from lcl_megatron.evaluation.dialogue.benchmarks.files import list_of, read_json, records_of, write_json
-from lcl_megatron.evaluation.dialogue.question import (
+from lcl_megatron.evaluation.dialogue.benchmark import (
     SHORT_ANSWER,
     Benchmark,
     BenchmarkError,
@@ -29,6 +28,7 @@ from lcl_megatron.evaluation.dialogue.question import (
     Score,
     means_by_category,
 )
+from lcl_megatron.evaluation.dialogue.benchmarks.files import list_of, read_json, records_of, write_json
 from lcl_megatron.evaluation.dialogue.vqa_accuracy import clean_answer, vizwiz_accuracy, vqa_accuracy
 
 _UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."

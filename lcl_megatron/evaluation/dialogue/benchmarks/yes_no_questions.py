@@ -17,14 +17,7 @@ from typing import cast
 import numpy as np
 
 from lcl_megatron.data.readers.records import get_field, get_text
-from lcl_megatron.evaluation.dialogue.benchmarks.files import (
-    one_line,
-    read_json_lines,
-    read_text,
-    records_of,
-    write_json_lines,
-)
-from lcl_megatron.evaluation.dialogue.question import (
+from lcl_megatron.evaluation.dialogue.benchmark import (
     SHORT_ANSWER,
     Benchmark,
     BenchmarkError,
@@ -33,6 +26,13 @@ from lcl_megatron.evaluation.dialogue.question import (
     Question,
     Score,
     mean_by_image,
+)
+from lcl_megatron.evaluation.dialogue.benchmarks.files import (
+    one_line,
+    read_json_lines,
+    read_text,
+    records_of,
+    write_json_lines,
 )
 from lcl_megatron.evaluation.dialogue.yes_no import YesNo, mme_answer, mme_task_score, pope_answer, pope_counts
 

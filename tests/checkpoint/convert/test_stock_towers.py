@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lcl_megatron.checkpoint.convert.encoder import layernorm_epsilon
-from lcl_megatron.checkpoint.convert.importing import Check, encoder_source, read_source
-from lcl_megatron.checkpoint.convert.initial_timm import timm_encoder
+from lcl_megatron.checkpoint.convert.importing import Check, largest_difference, read_source, tower_source
 from lcl_megatron.checkpoint.convert.parity import tower_features
+from lcl_megatron.checkpoint.convert.stock_timm import timm_tower
+from lcl_megatron.checkpoint.convert.stock_tower import layernorm_epsilon
 from lcl_megatron.checkpoint.folders import CheckpointError
 from lcl_megatron.config import RunConfig, VisionConfig
 from tests.checkpoint.convert import stock_models
@@ -158,6 +158,15 @@ def test_weights_come_back_bit_by_bit_and_both_checks_see_a_change(built: tuple[
     assert not any(check.passed for check in changed.values())
 
 
+def test_nan_is_no_small_difference() -> None:
+    expected = {"a": torch.zeros(2), "b": torch.zeros(2)}
+    for name in expected:
+        found = expected | {name: torch.tensor([0.0, float("nan")])}
+        assert largest_difference(found, expected) == float("inf")
+    assert not Check(float("inf"), float("inf")).passed
+    assert not Check(float("nan"), 1.0).passed
+
+
 def _refusal(source: str) -> str:
     with pytest.raises(CheckpointError) as caught:
         read_source(source)
@@ -194,7 +203,7 @@ def test_timm_towers_that_compute_something_else_are_refused(changes: dict[str, 
         changes = {"block_fn": timm.models.vision_transformer.ParallelScalingBlock}
     model = timm.create_model("vit_base_patch16_clip_224", **stock_models.timm_arguments(**changes))
     with pytest.raises(CheckpointError) as caught:
-        encoder_source(timm_encoder(model, "timm:x"), "timm:x")
+        tower_source(timm_tower(model, "timm:x"), "timm:x")
     assert reason in str(caught.value)
 
 
@@ -202,9 +211,9 @@ def test_timm_models_of_another_kind_are_refused(tmp_path: Path) -> None:
     timm = stock_models.library("timm")
     model = timm.create_model("vit_tiny_r_s16_p8_224", img_size=32)
     with pytest.raises(CheckpointError, match="a bias on the patch projection"):
-        timm_encoder(model, "timm:hybrid")
+        timm_tower(model, "timm:hybrid")
     with pytest.raises(CheckpointError, match="timm:conv is a ResNet; only timm's VisionTransformer has our layers"):
-        timm_encoder(timm.create_model("resnet10t"), "timm:conv")
+        timm_tower(timm.create_model("resnet10t"), "timm:conv")
     assert "cannot be loaded" in _refusal("timm:no_such_model")
     assert "timm:local-dir:FOLDER" in _refusal(f"timm:local-dir:{tmp_path / 'absent'}")
 
@@ -216,8 +225,8 @@ def test_weights_that_a_library_runs_with_another_activation_than_their_own_are_
     timm, open_clip = (stock_models.library(name) for name in ("timm", "open_clip"))
     sizes = stock_models.timm_arguments()
     with pytest.raises(CheckpointError, match=r"timm:x: its weights were trained with QuickGELU, and this model of ti"):
-        timm_encoder(timm.create_model("vit_base_patch16_clip_224.openai", **sizes), "timm:x")
-    timm_encoder(timm.create_model("vit_base_patch16_clip_quickgelu_224.openai", **sizes), "timm:x")
+        timm_tower(timm.create_model("vit_base_patch16_clip_224.openai", **sizes), "timm:x")
+    timm_tower(timm.create_model("vit_base_patch16_clip_quickgelu_224.openai", **sizes), "timm:x")
     (tmp_path / "weights.pt").touch()
     monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: str(tmp_path / "weights.pt"))
     assert "cannot be loaded: QuickGELU mismatch" in _refusal("open_clip:ViT-B-32/openai")

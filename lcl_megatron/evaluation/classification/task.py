@@ -15,17 +15,16 @@ from torch import Tensor, nn
 
 from lcl_megatron.evaluation.encoders.encoder import ImageEncoder
 from lcl_megatron.evaluation.encoders.load import load_encoder
+from lcl_megatron.evaluation.transfer.accuracy import RANKS, top_hits, top_metrics
 from lcl_megatron.evaluation.transfer.augmentation import CropAndFlip
+from lcl_megatron.evaluation.transfer.feature_cache import evaluation_reader
 from lcl_megatron.evaluation.transfer.fit import Curve, Draw, FitConfig, LossSum, PreparedLoss, fit
-from lcl_megatron.evaluation.transfer.frozen import FeatureSource, LiveFeatures, open_features
+from lcl_megatron.evaluation.transfer.frozen_features import FeatureSource, LiveFeatures, open_features
 from lcl_megatron.evaluation.transfer.heads import Classifier
 from lcl_megatron.evaluation.transfer.image_sets import PixelReader
-from lcl_megatron.evaluation.transfer.labelled_sets import LabelledSet
-from lcl_megatron.evaluation.transfer.results import MetricSummary, TaskResult, UnitScores, summarize_units, versions
-from lcl_megatron.evaluation.transfer.session import Mode, Session
-
-RANKS = (1, 5)
-"""Top-1 and top-5."""
+from lcl_megatron.evaluation.transfer.labelled_sets import LabelledSet, describe_splits
+from lcl_megatron.evaluation.transfer.results import TaskResult, versions
+from lcl_megatron.evaluation.transfer.session import Mode, Session, digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,15 +103,9 @@ def classify(
         task="classification",
         encoder=description,
         mode=mode,
-        data={
-            "train": train.source,
-            "test": test.source,
-            "train_images": len(train.images),
-            "test_images": len(test.images),
-            "classes": len(train.classes),
-        },
+        data=describe_splits(train, test),
         settings=dataclasses.asdict(settings),
-        metrics=_metrics(hits, test.labels, len(train.classes)),
+        metrics=top_metrics(hits, test.labels, len(train.classes)),
         curves=curves,
         versions=versions(),
         seconds=time.monotonic() - begin,
@@ -151,8 +144,7 @@ class _Fitted:
             lambda part, pixels: self._loss(model(pixels.to(device)), part),
         )
         curve = self._fit(model, loss, "full", encoder.parameters())
-        live = PixelReader(self.test.images, lambda data, _key: encoder.preprocessing(data))
-        test = LiveFeatures(encoder, live, self.settings.fit.precision)
+        test = LiveFeatures(encoder, evaluation_reader(encoder, self.test.images), self.settings.fit.precision)
         return curve, self._score(lambda indices: model.head(test.features(test.read(indices))))
 
     def _new_head(self, encoder: ImageEncoder) -> Classifier:
@@ -172,7 +164,13 @@ class _Fitted:
             self.session.replicas,
             seed=self.seed,
             pretrained=pretrained,
-            state_file=self.session.state_file(self.description, mode, self.seed),
+            state_file=self.session.state_file(self.description, mode, self.seed, self._trained_on()),
+        )
+
+    def _trained_on(self) -> str:
+        settings = self.settings
+        return digest(
+            "classification", *self.train.contents(), settings.drop_path_rate, settings.crop_scale, settings.flip
         )
 
     @torch.no_grad()
@@ -187,21 +185,5 @@ class _Fitted:
             with torch.autocast(replicas.device.type, torch.bfloat16, enabled=bf16):
                 logits = logits_of(indices).float()
             labels = torch.from_numpy(self.test.labels[indices]).to(logits.device)
-            best = logits.topk(min(max(RANKS), logits.shape[1]), dim=1).indices == labels[:, None]
-            hits.append(torch.stack([best[:, :rank].any(dim=1) for rank in RANKS], dim=1).long())
+            hits.append(top_hits(logits, labels))
         return replicas.gather_shares(torch.cat(hits), len(self.test.images)).cpu().numpy()
-
-
-def _metrics(hits: dict[int, np.ndarray], labels: np.ndarray, num_classes: int) -> tuple[MetricSummary, ...]:
-    """Return top-1, and top-5 where there are more than five classes."""
-    frequencies = np.sort(np.bincount(labels))[::-1] / len(labels)
-    ones = np.ones(len(labels), np.int64)
-    return tuple(
-        summarize_units(
-            f"top-{rank}",
-            {seed: UnitScores(found[:, column], ones) for seed, found in hits.items()},
-            chance=float(frequencies[:rank].sum()),
-        )
-        for column, rank in enumerate(RANKS)
-        if rank < num_classes
-    )

@@ -21,7 +21,7 @@ State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportSource:
     """What is exported."""
 
     weights: ModelWeights
@@ -60,13 +60,13 @@ class Target:
     """Inside the export; "." = its root."""
     loaders: dict[str, str]
     """Names of the figures of ``--verify`` -> what loads the folder there."""
-    refusal: Callable[[Source], str | None]
+    refusal: Callable[[ExportSource], str | None]
     """Why the folder cannot hold this model; None = it can."""
     tensors: Callable[[State, RunConfig], State]
     """Contents of ``model.safetensors``, from tensors under our names."""
     restore: Callable[[State, RunConfig], State]
     """The way back to our names."""
-    files: Callable[[Source], dict[str, str]]
+    files: Callable[[ExportSource], dict[str, str]]
     """Contents of the other files, by name."""
     prepare: Callable[[State], State] = dict
     """What is done to our tensors beside renaming, so that ``restore`` cannot undo it."""
@@ -84,14 +84,14 @@ def json_text(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def _clip_vision_files(source: Source) -> dict[str, str]:
+def _clip_vision_files(source: ExportSource) -> dict[str, str]:
     return {
         "config.json": json_text(clip_vision.config_json(source.config)),
         "preprocessor_config.json": json_text(clip_vision.preprocessor_json(source.config)),
     }
 
 
-def _language_files(source: Source) -> dict[str, str]:
+def _language_files(source: ExportSource) -> dict[str, str]:
     files = {
         "config.json": json_text(opt.config_json(source.config, source.special)),
         "generation_config.json": json_text(opt.token_ids(source.special)),
@@ -99,7 +99,7 @@ def _language_files(source: Source) -> dict[str, str]:
     return files | _tokenizer_files(source, specials_in_text=False)
 
 
-def _whole_model_files(source: Source) -> dict[str, str]:
+def _whole_model_files(source: ExportSource) -> dict[str, str]:
     assert source.special is not None, "whole_model.refusal says that there is no tokenizer"
     config = source.config
     return {
@@ -110,13 +110,13 @@ def _whole_model_files(source: Source) -> dict[str, str]:
     } | _tokenizer_files(source, specials_in_text=True)
 
 
-def _tokenizer_files(source: Source, specials_in_text: bool) -> dict[str, str]:
+def _tokenizer_files(source: ExportSource, specials_in_text: bool) -> dict[str, str]:
     if source.weights.tokenizer is None:
         return {}
     return tokenizer_files(source.weights.tokenizer, source.config.language.max_position_embeddings, specials_in_text)
 
 
-def _tokenizer_refusal(source: Source) -> str | None:
+def _tokenizer_refusal(source: ExportSource) -> str | None:
     """Return why transformers has no tokenizer that gives the ids of the run's, or None if it has one."""
     try:
         _tokenizer_files(source, specials_in_text=False)

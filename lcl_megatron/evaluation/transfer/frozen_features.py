@@ -15,6 +15,7 @@ from lcl_megatron.evaluation.transfer.feature_cache import (
     Precision,
     cached_features,
     encode,
+    evaluation_reader,
     feature_bytes,
 )
 from lcl_megatron.evaluation.transfer.image_sets import ImageSet, PixelReader
@@ -101,5 +102,4 @@ def open_features(
         files = cached_features(encoder, images, session.cache, session.replicas, precision=precision)
         return StoredFeatures(files, session)
     session.say(f"{encoder.name}: {size} are not stored (max_cache_gib = {max_cache_gib:g}); computed in every epoch")
-    reader = PixelReader(images, lambda data, _key: encoder.preprocessing(data))
-    return LiveFeatures(encoder, reader, precision)
+    return LiveFeatures(encoder, evaluation_reader(encoder, images), precision)

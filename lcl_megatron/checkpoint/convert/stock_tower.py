@@ -19,7 +19,7 @@ from lcl_megatron.config import VisionConfig
 
 
 @dataclass(frozen=True)
-class StockEncoder:
+class StockTower:
     """A vision tower of another library, with its weights."""
 
     library: str

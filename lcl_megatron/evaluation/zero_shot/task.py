@@ -15,14 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lcl_megatron.evaluation.transfer.accuracy import top_hits, top_metrics
 from lcl_megatron.evaluation.transfer.image_sets import DataError, PixelReader
 from lcl_megatron.evaluation.transfer.labelled_sets import LabelledSet
-from lcl_megatron.evaluation.transfer.results import TaskResult, UnitScores, summarize_units, versions
+from lcl_megatron.evaluation.transfer.results import TaskResult, versions
 
 BATCH_SIZE = 64
 """Images that are encoded at the same time."""
-RANKS = (1, 5)
-"""Top-1 and top-5."""
 TEMPLATES = ("a photo of a {}.", "an image of a {}.", "a picture of the {}.", "here is a {}.")
 """Prompts of a class, by default."""
 
@@ -98,23 +97,14 @@ def zero_shot(model: TextImageModel, test: LabelledSet, names: Sequence[str], te
         indices = np.arange(first, min(first + BATCH_SIZE, len(test.images)))
         scores = F.normalize(model.embed_images(reader(indices)).float(), dim=1) @ classes.T
         labels = torch.from_numpy(test.labels[indices]).to(scores.device)
-        best = scores.topk(min(max(RANKS), len(names)), dim=1).indices == labels[:, None]
-        hits.append(torch.stack([best[:, :rank].any(dim=1) for rank in RANKS], dim=1).cpu())
-    found, ones = torch.cat(hits).long().numpy(), np.ones(len(test.images), np.int64)
-    frequencies = np.sort(np.bincount(test.labels))[::-1] / len(test.labels)
+        hits.append(top_hits(scores, labels).cpu())
     return TaskResult(
         task="zero-shot",
         encoder=model.describe(),
         mode="",
         data={"test": test.source, "test_images": len(test.images), "classes": list(names)},
         settings={"templates": list(templates)},
-        metrics=tuple(
-            summarize_units(
-                f"top-{rank}", {0: UnitScores(found[:, column], ones)}, chance=float(frequencies[:rank].sum())
-            )
-            for column, rank in enumerate(RANKS)
-            if rank < len(names)
-        ),
+        metrics=top_metrics({0: torch.cat(hits).numpy()}, test.labels, len(names)),
         curves={},
         versions=versions(),
         seconds=time.monotonic() - begin,

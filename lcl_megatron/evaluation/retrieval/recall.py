@@ -35,7 +35,17 @@ def retrieval_ranks(images: Tensor, texts: Tensor, image_of_text: Tensor) -> tup
     Returns:
         (I,) int64, for each image: captions of other images at least as similar as its most similar own one.
         (T,) int64, for each caption: other images at least as similar as its own.
+
+    Raises:
+        ValueError: a feature is not finite. Nothing is at least as similar as NaN, so that its recall would be 1.
     """
+    for kind, features in (("images", images), ("captions", texts)):
+        num_bad = int((~torch.isfinite(features).all(dim=1)).sum())
+        if num_bad:
+            raise ValueError(
+                f"the features of {num_bad} of {len(features)} {kind} are not finite; the weights are damaged or "
+                "overflow: set fit.precision = fp32, or lower fit.lr"
+            )
     text_ranks = torch.empty(len(images), dtype=torch.int64)
     for begin in range(0, len(images), ROWS_AT_ONCE):
         scores = images[begin : begin + ROWS_AT_ONCE] @ texts.T

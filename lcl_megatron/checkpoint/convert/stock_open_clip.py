@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lcl_megatron.checkpoint.convert.encoder import (
-    StockEncoder,
+from lcl_megatron.checkpoint.convert.official import open_clip_table
+from lcl_megatron.checkpoint.convert.stock_timm import timm_tower
+from lcl_megatron.checkpoint.convert.stock_tower import (
+    StockTower,
     activation_name,
     layernorm_epsilon,
     require_fit,
 )
-from lcl_megatron.checkpoint.convert.initial_timm import timm_encoder
-from lcl_megatron.checkpoint.convert.official import open_clip_table
 from lcl_megatron.checkpoint.folders import CheckpointError
 from lcl_megatron.checkpoint.stock_libraries import stock_library
 from lcl_megatron.config import VisionConfig
@@ -23,7 +23,7 @@ _SCHEMES = ("hf-hub:", "local-dir:")
 _HEADS = ("proj", "attn_pool.")
 
 
-def load_open_clip(name: str) -> StockEncoder:
+def load_open_clip(name: str) -> StockTower:
     """Load the vision tower of an open_clip model.
 
     Args:
@@ -47,10 +47,10 @@ def load_open_clip(name: str) -> StockEncoder:
             f"{source} cannot be loaded: {error}; give MODEL/PRETRAINED of open_clip.list_pretrained(), MODEL/FILE, "
             "hf-hub:ORG/NAME or local-dir:FOLDER"
         ) from error
-    return open_clip_encoder(model.visual, source)
+    return open_clip_tower(model.visual, source)
 
 
-def open_clip_encoder(module: Any, source: str) -> StockEncoder:
+def open_clip_tower(module: Any, source: str) -> StockTower:
     """Return the ``visual`` of an open_clip model as a tower; one that is timm's is read as such.
 
     Args:
@@ -62,7 +62,7 @@ def open_clip_encoder(module: Any, source: str) -> StockEncoder:
     """
     known = stock_library("open_clip.transformer")
     if hasattr(module, "trunk"):
-        return timm_encoder(module.trunk, source)
+        return timm_tower(module.trunk, source)
     if type(module) is not known.VisionTransformer:
         raise CheckpointError(
             f"{source} has a {type(module).__name__}; only open_clip's VisionTransformer has our layers"
@@ -98,4 +98,4 @@ def open_clip_encoder(module: Any, source: str) -> StockEncoder:
         tokens: Tensor = module.ln_post(module.transformer(module._embeds(images)))
         return tokens[:, 1:]
 
-    return StockEncoder("open_clip", vision, open_clip_table(vision), state, features)
+    return StockTower("open_clip", vision, open_clip_table(vision), state, features)

@@ -15,10 +15,11 @@ import torch
 
 from lcl_megatron.config.errors import ConfigError
 from lcl_megatron.evaluation.encoders.load import load_encoder
-from lcl_megatron.evaluation.transfer.caption_sets import CaptionedImages, open_captioned
+from lcl_megatron.evaluation.retrieval import task as retrieval
+from lcl_megatron.evaluation.retrieval.task import RetrievalSettings, TwoTowers, retrieve
+from lcl_megatron.evaluation.transfer.caption_sets import CaptionedSet, open_captioned
 from lcl_megatron.evaluation.transfer.fit import FitConfig
 from lcl_megatron.evaluation.transfer.results import TaskResult
-from lcl_megatron.evaluation.transfer.retrieval import RetrievalSettings, TwoTowers, retrieve
 from lcl_megatron.evaluation.transfer.session import Session
 from lcl_megatron.parallel.replicas import Replicas
 from tests.evaluation.transfer.small_sets import COLOURS, ENCODER, write_captioned
@@ -36,7 +37,7 @@ SETTINGS = RetrievalSettings(
 
 
 @pytest.fixture
-def sets(tmp_path: Path) -> tuple[CaptionedImages, CaptionedImages]:
+def sets(tmp_path: Path) -> tuple[CaptionedSet, CaptionedSet]:
     """24 training images; the test set has one image of each colour, so that its captions tell them apart."""
     stock_or_skip("timm")
     stock_or_skip("open_clip")
@@ -78,7 +79,8 @@ def test_damaged_training_images_are_left_out_of_both_sides(tmp_path: Path, sets
     curves = []
     for content in (b"<html>", broken.read_bytes()[:80]):
         broken.write_bytes(content)
-        curves.append(run(tmp_path / "out", sets, "full").curves["0"].losses)
+        # Folders of their own: a fit that has ended is not repeated in the same one.
+        curves.append(run(tmp_path / f"out{len(curves)}", sets, "full").curves["0"].losses)
     assert curves[0] == curves[1]
     assert np.isfinite(curves[0]).all()
 
@@ -109,3 +111,31 @@ def test_parts_of_a_batch_are_refused() -> None:
         dataclasses.replace(SETTINGS, fit=fit)
     with pytest.raises(ConfigError, match="context_length = 2; expected at least 3"):
         dataclasses.replace(SETTINGS, context_length=2)
+
+
+def test_a_saved_state_is_not_taken_up_for_other_captions_or_crops(tmp_path: Path, sets: Any) -> None:
+    short = dataclasses.replace(SETTINGS.fit, steps=3)
+    train, test = sets
+    first = run(tmp_path, sets, "full", fit=short).curves["0"].losses
+    swapped = dataclasses.replace(train, captions=list(train.captions)[::-1])
+    assert run(tmp_path, (swapped, test), "full", fit=short).curves["0"].losses != first
+    assert run(tmp_path, sets, "full", fit=short, crop_scale=(0.1, 0.2)).curves["0"].losses != first
+    assert run(tmp_path, sets, "full", fit=short).curves["0"].losses == first
+
+
+def test_the_temperature_comes_back_from_its_limit(tmp_path: Path, sets: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the limit it is the limit, and the gradient there, of captions that fit no image, leads down."""
+    train, test = sets
+    same = dataclasses.replace(train, captions=[("a square",)] * len(train))
+    monkeypatch.setattr(retrieval, "INITIAL_LOGIT_SCALE", 6.0)
+    models: list[TwoTowers] = []
+
+    class Kept(TwoTowers):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            models.append(self)
+
+    monkeypatch.setattr(retrieval, "TwoTowers", Kept)
+    run(tmp_path, (same, test), "frozen", fit=dataclasses.replace(SETTINGS.fit, steps=10))
+    (model,) = models
+    assert model.logit_scale.item() < retrieval.MAX_LOGIT_SCALE - 0.01

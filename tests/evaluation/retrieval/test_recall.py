@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lcl_megatron.evaluation.transfer import recall
-from lcl_megatron.evaluation.transfer.recall import RANKS, chance_recalls, recalls, retrieval_ranks
+from lcl_megatron.evaluation.retrieval import recall
+from lcl_megatron.evaluation.retrieval.recall import RANKS, chance_recalls, recalls, retrieval_ranks
 from tests.stock import stock_or_skip
 
 
@@ -95,3 +95,12 @@ def test_chance_is_the_share_of_random_orders() -> None:
     misses = [math.comb(11, 5), math.comb(7, 5), math.comb(10, 5), math.comb(8, 5)]
     assert chances["TR@5"] == pytest.approx(1 - sum(misses) / 4 / math.comb(12, 5))
     assert chance_recalls(np.array([1, 1]))["TR@10"] == 1.0
+
+
+def test_features_that_are_not_finite_are_refused_and_not_always_right() -> None:
+    images, texts, image_of_text = make_features(4, [2] * 4)
+    images[2, 0] = math.nan
+    with pytest.raises(ValueError, match=r"the features of 1 of 4 images are not finite; .*lower fit\.lr"):
+        recalls(images, texts, image_of_text)
+    with pytest.raises(ValueError, match="the features of 2 of 8 captions are not finite"):
+        recalls(texts[::2].clone(), torch.where(image_of_text[:, None] == 1, math.inf, texts), image_of_text)

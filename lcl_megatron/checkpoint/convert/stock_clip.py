@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from lcl_megatron.checkpoint.convert import clip_vision
-from lcl_megatron.checkpoint.convert.encoder import StockEncoder, activation_name, layernorm_epsilon
+from lcl_megatron.checkpoint.convert.stock_tower import StockTower, activation_name, layernorm_epsilon
 from lcl_megatron.checkpoint.folders import CheckpointError
 from lcl_megatron.checkpoint.stock_libraries import stock_library
 from lcl_megatron.config import RunConfig, VisionConfig
 
 
-def load_clip(name: str) -> StockEncoder:
+def load_clip(name: str) -> StockTower:
     """Load the vision tower of a ``CLIPModel`` or a ``CLIPVisionModel``.
 
     Args:
@@ -59,4 +59,4 @@ def load_clip(name: str) -> StockEncoder:
         return tokens[:, 1:]
 
     state = {f"vision_model.{name}": value.detach() for name, value in tower.named_parameters()}
-    return StockEncoder("clip", vision, clip_vision.table(RunConfig(vision=vision)), state, features)
+    return StockTower("clip", vision, clip_vision.table(RunConfig(vision=vision)), state, features)

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lcl_megatron.checkpoint.convert import timm_vit
-from lcl_megatron.checkpoint.convert.encoder import (
-    StockEncoder,
+from lcl_megatron.checkpoint.convert.stock_tower import (
+    StockTower,
     activation_name,
     layernorm_epsilon,
     require_fit,
@@ -21,7 +21,7 @@ _HEADS = ("head.", "fc_norm.", "attn_pool.")
 """What stands behind the tower: classifiers and pools."""
 
 
-def load_timm(name: str) -> StockEncoder:
+def load_timm(name: str) -> StockTower:
     """Load a tower with ``timm.create_model``.
 
     Args:
@@ -40,10 +40,10 @@ def load_timm(name: str) -> StockEncoder:
             f"timm:{name} cannot be loaded: {error}; give a pretrained model of timm.list_pretrained() or "
             "timm:local-dir:FOLDER"
         ) from error
-    return timm_encoder(module, f"timm:{name}")
+    return timm_tower(module, f"timm:{name}")
 
 
-def timm_encoder(module: Any, source: str) -> StockEncoder:
+def timm_tower(module: Any, source: str) -> StockTower:
     """Return a timm model as a tower.
 
     Args:
@@ -98,4 +98,4 @@ def timm_encoder(module: Any, source: str) -> StockEncoder:
         tokens: Tensor = module.forward_features(images)
         return tokens[:, int(class_token) :]
 
-    return StockEncoder("timm", vision, timm_vit.table(RunConfig(vision=vision)), state, features)
+    return StockTower("timm", vision, timm_vit.table(RunConfig(vision=vision)), state, features)

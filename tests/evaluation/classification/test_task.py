@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from lcl_megatron.evaluation.classification.task import ClassificationSettings, classify
 from lcl_megatron.evaluation.encoders.load import load_encoder
 from lcl_megatron.evaluation.transfer.augmentation import CropAndFlip
-from lcl_megatron.evaluation.transfer.classification import ClassificationSettings, _metrics, classify
 from lcl_megatron.evaluation.transfer.fit import FitConfig
 from lcl_megatron.evaluation.transfer.heads import AttentionPool, Classifier
 from lcl_megatron.evaluation.transfer.labelled_sets import LabelledSet, open_labelled
@@ -60,7 +60,7 @@ def test_colours_are_told_apart(tmp_path: Path, splits: Any, mode: Any) -> None:
     assert last < 0.7 * first
     assert (result.mode, result.data["test_images"], result.data["classes"]) == (mode, 18, 3)
     assert result.encoder["fingerprint"] == load_encoder(ENCODER).fingerprint()
-    assert run(tmp_path, splits, mode).metrics == result.metrics
+    assert run(tmp_path / "again", splits, mode).metrics == result.metrics
 
 
 def test_features_that_are_not_stored_give_the_same(tmp_path: Path, splits: Any) -> None:
@@ -86,6 +86,16 @@ def test_full_transfer_trains_the_encoder_with_drop_path(tmp_path: Path, splits:
     assert len({result.curves["0"].losses for result in (plain, dropping, untrained)}) == 3
 
 
+def test_a_saved_state_is_not_taken_up_for_other_labels_or_crops(tmp_path: Path, splits: Any) -> None:
+    short = dataclasses.replace(SETTINGS.fit, steps=3)
+    train, test = splits
+    first = run(tmp_path, splits, "full", fit=short).curves["0"].losses
+    mended = dataclasses.replace(train, labels=train.labels[::-1].copy())
+    assert run(tmp_path, (mended, test), "full", fit=short).curves["0"].losses != first
+    assert run(tmp_path, splits, "full", fit=short, crop_scale=(0.1, 0.2)).curves["0"].losses != first
+    assert run(tmp_path, splits, "full", fit=short).curves["0"].losses == first
+
+
 def test_crops_and_flips_are_the_key_s() -> None:
     data = picture("red", 1)
     whole = CropAndFlip(SIZE, 0, (1.0, 1.0), flip=True)
@@ -98,16 +108,6 @@ def test_crops_and_flips_are_the_key_s() -> None:
     assert torch.equal(whole(data, 7), whole(data, 7))
     first, second = (CropAndFlip(SIZE, seed, (0.2, 1.0), flip=False)(data, 7) for seed in (0, 1))
     assert not torch.equal(first, second)
-
-
-def test_top_5_counts_the_first_five() -> None:
-    labels = np.array([0, 0, 0, 1, 2, 3, 4, 5, 6, 6])
-    hits = {0: np.array([[1, 1], [0, 1], [0, 0], [0, 1], *[[0, 0]] * 6])}
-    top1, top5 = _metrics(hits, labels, 7)
-    assert (top1.name, top1.mean, top1.chance) == ("top-1", 0.1, 0.3)
-    assert (top5.name, top5.mean) == ("top-5", 0.3)
-    assert top5.chance == pytest.approx(0.8)
-    assert [metric.name for metric in _metrics(hits, labels, 5)] == ["top-1"]
 
 
 def test_pool_is_attention_of_its_query() -> None:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from lcl_megatron.evaluation.encoders.load import load_encoder
 from lcl_megatron.evaluation.probes import Accuracy, Examples, probe_encoder
-from lcl_megatron.evaluation.transfer.frozen import open_features
+from lcl_megatron.evaluation.transfer.feature_cache import evaluation_reader
+from lcl_megatron.evaluation.transfer.frozen_features import LiveFeatures
 from lcl_megatron.evaluation.transfer.image_sets import ImageSet
-from lcl_megatron.evaluation.transfer.labelled_sets import LabelledSet
+from lcl_megatron.evaluation.transfer.labelled_sets import LabelledSet, describe_splits
 from lcl_megatron.evaluation.transfer.results import TaskResult, UnitScores, summarize_units, versions
 from lcl_megatron.evaluation.transfer.session import Session
 
@@ -37,13 +38,14 @@ def probe(spec: str, train: LabelledSet, test: LabelledSet, session: Session) ->
     """
     begin = time.monotonic()
     encoder = load_encoder(spec).to(session.replicas.device).requires_grad_(False)
-    session.say(f"{encoder.name}: probes on {len(train.images):,} images")
+    session.say(f"{encoder.name}: probes fitted on {len(train.images):,} images, scored on {len(test.images):,}")
 
     def examples(split: LabelledSet) -> Examples:
-        return Examples(_mean_features(split.images), torch.from_numpy(split.labels))
+        return Examples(mean_features(split.images), torch.from_numpy(split.labels))
 
-    def _mean_features(images: ImageSet) -> Tensor:
-        source = open_features(encoder, images, session, "fp32", max_cache_gib=0)
+    def mean_features(images: ImageSet) -> Tensor:
+        # Every feature is needed once: nothing is gained by storing them.
+        source = LiveFeatures(encoder, evaluation_reader(encoder, images), "fp32")
         share = session.replicas.share(len(images))
         found = [torch.zeros(0, encoder.width, device=session.replicas.device)]
         for first in range(share.start, share.stop, BATCH_SIZE):
@@ -56,13 +58,7 @@ def probe(spec: str, train: LabelledSet, test: LabelledSet, session: Session) ->
         task="probe",
         encoder=session.replicas.from_first(encoder.describe()),
         mode="",
-        data={
-            "train": train.source,
-            "test": test.source,
-            "train_images": len(train.images),
-            "test_images": len(test.images),
-            "classes": len(train.classes),
-        },
+        data=describe_splits(train, test),
         settings={"feature": "mean over patches", "linear_l2": report.linear_l2},
         metrics=tuple(
             summarize_units(name, {0: _unit_scores(accuracy)}, report.chance)

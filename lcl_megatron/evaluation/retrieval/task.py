@@ -24,20 +24,25 @@ from lcl_megatron.config.errors import require
 from lcl_megatron.data.order import keyed_hash
 from lcl_megatron.evaluation.encoders.encoder import ImageEncoder
 from lcl_megatron.evaluation.encoders.load import load_encoder
+from lcl_megatron.evaluation.retrieval.recall import chance_recalls, recalls
+from lcl_megatron.evaluation.retrieval.text_encoder import (
+    TextEncoder,
+    TextTokenizer,
+    TokenBatch,
+    open_tokenizer,
+    tokenize,
+)
 from lcl_megatron.evaluation.transfer.augmentation import CropAndFlip
-from lcl_megatron.evaluation.transfer.caption_sets import CaptionedImages
-from lcl_megatron.evaluation.transfer.feature_cache import encode
+from lcl_megatron.evaluation.transfer.caption_sets import CaptionedSet
+from lcl_megatron.evaluation.transfer.feature_cache import encode, evaluation_reader
 from lcl_megatron.evaluation.transfer.fit import Curve, Draw, FitConfig, LossSum, PreparedLoss, fit
-from lcl_megatron.evaluation.transfer.frozen import open_features
+from lcl_megatron.evaluation.transfer.frozen_features import open_features
 from lcl_megatron.evaluation.transfer.heads import AttentionPool
 from lcl_megatron.evaluation.transfer.image_sets import PixelReader
-from lcl_megatron.evaluation.transfer.recall import chance_recalls, recalls
 from lcl_megatron.evaluation.transfer.results import TaskResult, UnitScores, summarize_units, versions
-from lcl_megatron.evaluation.transfer.session import Mode, Session
-from lcl_megatron.evaluation.transfer.text import TextEncoder, TextTokenizer, TokenBatch, open_tokenizer, tokenize
+from lcl_megatron.evaluation.transfer.session import Mode, Session, digest
+from lcl_megatron.evaluation.transfer.streams import TransferStream
 
-CAPTION_CHOICE = 104
-"""Stream of which caption of an image is read; see ``fit.EXAMPLE_ORDER``."""
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 MAX_LOGIT_SCALE = math.log(100)
 """CLIP's."""
@@ -124,8 +129,8 @@ class TwoTowers(nn.Module):
 
 def retrieve(
     spec: str,
-    train: CaptionedImages,
-    tests: Sequence[CaptionedImages],
+    train: CaptionedSet,
+    tests: Sequence[CaptionedSet],
     settings: RetrievalSettings,
     mode: Mode,
     seeds: Sequence[int],
@@ -178,7 +183,7 @@ def retrieve(
     ]
 
 
-def _data(train: CaptionedImages, test: CaptionedImages) -> dict[str, Any]:
+def _data(train: CaptionedSet, test: CaptionedSet) -> dict[str, Any]:
     return {
         "train": train.source,
         "train_images": len(train),
@@ -195,7 +200,7 @@ class _Fitted:
 
     spec: str
     description: dict[str, Any]
-    train: CaptionedImages
+    train: CaptionedSet
     settings: RetrievalSettings
     seed: int
     session: Session
@@ -219,7 +224,7 @@ class _Fitted:
         augmentation = CropAndFlip(encoder.image_size, self.seed, self.settings.crop_scale, flip=False)
         reader, device = PixelReader(self.train.images, augmentation), self.session.replicas.device
         loss = PreparedLoss(
-            lambda part: (*reader.read_good(part.indices, part.keys), self._tokens(part)),
+            lambda part: (*reader.read_good(part.indices, part.keys, encoder.image_size), self._tokens(part)),
             lambda _part, read: self._loss(model, read[0].to(device), read[1], read[2]),
         )
         return model, self._fit(model, loss, encoder.parameters())
@@ -230,16 +235,18 @@ class _Fitted:
 
     def _tokens(self, part: Draw) -> TokenBatch:
         """Return a random caption of each image."""
-        choices = keyed_hash(self.seed, CAPTION_CHOICE, part.keys)
+        choices = keyed_hash(self.seed, TransferStream.CAPTION_CHOICE, part.keys)
         all_captions = [self.train.captions[index] for index in part.indices.tolist()]
         texts = [texts[choice % len(texts)] for texts, choice in zip(all_captions, choices.tolist(), strict=True)]
         return tokenize(self.tokenizer, texts, self.settings.context_length)
 
     def _loss(self, model: TwoTowers, images: Tensor, is_good: Tensor | None, tokens: TokenBatch) -> LossSum:
         ids, lengths = (tensor.to(images.device) for tensor in tokens)
+        # CLIP's limit, on the parameter itself: a clamp in the graph would have no gradient beyond, and no way back.
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
         image_features, text_features = model(images, ids, lengths, self.settings.embed_at_once)
-        scale = model.logit_scale.clamp(max=MAX_LOGIT_SCALE)
-        total = self.session.replicas.contrast(image_features, text_features, scale, is_good)
+        total = self.session.replicas.contrast(image_features, text_features, model.logit_scale, is_good)
         return LossSum(total, len(ids) if is_good is None else float(is_good.sum()))
 
     def _fit(self, model: TwoTowers, loss: PreparedLoss, pretrained: Iterable[nn.Parameter]) -> Curve:
@@ -252,15 +259,21 @@ class _Fitted:
             self.session.replicas,
             seed=self.seed,
             pretrained=pretrained,
-            state_file=self.session.state_file(self.description, mode, self.seed),
+            state_file=self.session.state_file(self.description, mode, self.seed, self._trained_on()),
+        )
+
+    def _trained_on(self) -> str:
+        settings = self.settings
+        return digest(
+            "retrieval", *self.train.contents(), settings.drop_path_rate, settings.crop_scale, settings.tokenizer
         )
 
     @torch.no_grad()
-    def score(self, model: TwoTowers, frozen: ImageEncoder, test: CaptionedImages) -> dict[str, UnitScores]:
+    def score(self, model: TwoTowers, frozen: ImageEncoder, test: CaptionedSet) -> dict[str, UnitScores]:
         """Return the recalls on a test set, equal on all ranks; ``frozen`` encodes if the model's own does not."""
         encoder = frozen if model.encoder is None else model.encoder
         precision = self.settings.fit.precision
-        reader = PixelReader(test.images, lambda data, _key: encoder.preprocessing(data))
+        reader = evaluation_reader(encoder, test.images)
         texts = [text for all_texts in test.captions for text in all_texts]
 
         def embed_images(indices: np.ndarray) -> Tensor:

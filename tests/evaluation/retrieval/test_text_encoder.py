@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lcl_megatron.config.errors import ConfigError
-from lcl_megatron.evaluation.transfer.text import TextEncoder, open_tokenizer, tokenize
+from lcl_megatron.evaluation.retrieval.text_encoder import TextEncoder, open_tokenizer, tokenize
 from tests.stock import stock_or_skip
 
 TEXTS = ["A red Square", "it's 3 pm &amp; all is well", "", "word " * 50]

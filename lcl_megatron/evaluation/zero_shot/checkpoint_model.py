@@ -11,20 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcl_megatron.checkpoint import native
 from lcl_megatron.data.batch import PackedBatch
 from lcl_megatron.data.decoding.images import evaluation_image
 from lcl_megatron.data.tokenizer import Tokenizer
-from lcl_megatron.evaluation.checkpoint_encoder import single_process
+from lcl_megatron.evaluation.checkpoint_engine import newest_checkpoint, trained_engine
 from lcl_megatron.model.parts import present
-from lcl_megatron.parallel import engine as engines
+from lcl_megatron.parallel.engine import Engine
 
 
 @dataclass(frozen=True)
 class CheckpointModel:
     """A model in evaluation mode, in float32, on one process; a ``TextImageModel``."""
 
-    engine: engines.Engine
+    engine: Engine
     """Holds the whole model."""
     tokenizer: Tokenizer
     """That of the run."""
@@ -131,19 +130,10 @@ def checkpoint_model(checkpoint: Path, tokenizer_model: Path | None = None) -> I
         CheckpointError: there is no complete checkpoint.
         ConfigError: the tokenizer cannot be read or is another one.
     """
-    found = native.find_latest(checkpoint)
-    if found is None:
-        raise native.CheckpointError(f"no complete checkpoint (step-NNNNNNNN) in {checkpoint}")
-    config = single_process(native.read_config(found))
+    found, config = newest_checkpoint(checkpoint)
     if tokenizer_model is None:
         named, corpora = config.data.tokenizer_model, config.data.data_path
         tokenizer_model = Path(named) if named else Path(corpora[0] if corpora else "") / "tokenizer.model"
     tokenizer = Tokenizer.load(tokenizer_model)
-    groups = engines.start(config)
-    try:
-        engine = engines.build_engine(config, groups)
-        native.load_model(found, engine)
-        engine.ddp.eval()
+    with trained_engine(found, config) as engine:
         yield CheckpointModel(engine, tokenizer, f"{found.parent.name}/{found.name}")
-    finally:
-        groups.destroy()

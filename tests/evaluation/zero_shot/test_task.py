@@ -16,11 +16,11 @@ from torch import Tensor
 
 from lcl_megatron.checkpoint.native import CheckpointError
 from lcl_megatron.data.batch import PackedBatch
-from lcl_megatron.evaluation.checkpoint_model import checkpoint_model, prompt_batch
 from lcl_megatron.evaluation.encoders.preprocessing import Preprocessing
 from lcl_megatron.evaluation.transfer.image_sets import DataError
 from lcl_megatron.evaluation.transfer.labelled_sets import open_split
-from lcl_megatron.evaluation.transfer.zero_shot import read_class_names, zero_shot
+from lcl_megatron.evaluation.zero_shot.checkpoint_model import checkpoint_model, prompt_batch
+from lcl_megatron.evaluation.zero_shot.task import read_class_names, zero_shot
 from lcl_megatron.training.loop import train
 from lcl_megatron.training.setup import run_from
 from tests.evaluation.transfer.small_sets import COLOURS, SIZE, write_folders

@@ -1,0 +1,1 @@
+"""Closed-set classification with the paper's head: attention pool, layer norm, linear layer."""

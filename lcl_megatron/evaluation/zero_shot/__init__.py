@@ -1,0 +1,1 @@
+"""Zero-shot classification: the task, and a training checkpoint as a model of images and texts."""
