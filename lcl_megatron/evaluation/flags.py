@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from lcl_megatron.config.errors import require
+from lcl_megatron.evaluation.encoders.load import encoder_name
 from lcl_megatron.evaluation.transfer.session import Mode
 
 
@@ -35,6 +36,12 @@ class TransferFlags:
         for name, values in (("--encoder", self.encoder), ("--seeds", self.seeds)):
             require(len(values) > 0, f"{name} is empty; give at least one")
             require(len(frozenset(values)) == len(values), f"{name} {' '.join(map(str, values))}: one is there twice")
+        names = [encoder_name(spec) for spec in self.encoder]
+        require(
+            len(frozenset(names)) == len(names),
+            f"--encoder {' '.join(self.encoder)}: two are called alike, {max(names, key=names.count)}, so that files "
+            "of one would be written over the other's; name them: NAME=ENCODER",
+        )
 
 
 Flags = Annotated[TransferFlags, tyro.conf.arg(name="")]

@@ -81,6 +81,15 @@ def _untrained(spec: str, name: str, drop_path_rate: float, seed: int) -> ImageE
         return timm_encoder(spec, model, False, arguments | {"drop_path_rate": drop_path_rate})
 
 
+def encoder_name(spec: str) -> str:
+    """Return what ``load_encoder`` calls an encoder in tables and file names; nothing is loaded."""
+    if Path(spec).is_dir():
+        return Path(spec).resolve().name
+    if (named := NAMED.fullmatch(spec)) is not None:
+        return named[1]
+    return spec if ":" in spec else Path(spec).resolve().name
+
+
 def _from_folder(spec: str, folder: Path, drop_path_rate: float) -> ImageEncoder:
     """Return the encoder of an exported folder; its configuration says which library reads it."""
     if not folder.is_dir():

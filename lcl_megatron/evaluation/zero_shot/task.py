@@ -78,6 +78,7 @@ def zero_shot(model: TextImageModel, test: LabelledSet, names: Sequence[str], te
 
     Raises:
         DataError: an image is missing or damaged, or a template has no place for the name.
+        ValueError: features are not finite.
     """
     begin = time.monotonic()
     if not templates or any("{}" not in template for template in templates):
@@ -96,6 +97,11 @@ def zero_shot(model: TextImageModel, test: LabelledSet, names: Sequence[str], te
     for first in range(0, len(test.images), BATCH_SIZE):
         indices = np.arange(first, min(first + BATCH_SIZE, len(test.images)))
         scores = F.normalize(model.embed_images(reader(indices)).float(), dim=1) @ classes.T
+        if not bool(torch.isfinite(scores).all()):
+            raise ValueError(
+                f"{model.describe()['name']}: features are not finite, so that no class is the most similar; the run "
+                "had diverged: take an earlier checkpoint"
+            )
         labels = torch.from_numpy(test.labels[indices]).to(scores.device)
         hits.append(top_hits(scores, labels).cpu())
     return TaskResult(

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from lcl_megatron.evaluation.dialogue.benchmark import BenchmarkError, BenchmarkFiles, Question
+from lcl_megatron.evaluation.dialogue.benchmarks.files import read_json_lines
 from lcl_megatron.evaluation.dialogue.benchmarks.known import BENCHMARKS, known_benchmark
 
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -373,3 +374,9 @@ def test_no_question_and_wrong_files(tmp_path: Path) -> None:
         read("gqa", tmp_path / "gqa.json")
     with pytest.raises(BenchmarkError, match="there is no question to take a mean of"):
         BENCHMARKS["seed"].score([], [])
+
+
+def test_json_lines_end_at_line_feeds_only(tmp_path: Path) -> None:
+    path = tmp_path / "lines.json"
+    path.write_bytes('{"text": "a\u2028b\x85c"}\r\n\n{"text": "d"}\n'.encode())
+    assert [record["text"] for record in read_json_lines(path)] == ["a\u2028b\x85c", "d"]

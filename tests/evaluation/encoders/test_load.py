@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lcl_megatron.config.errors import ConfigError
 from lcl_megatron.evaluation.encoders.encoder import EncoderError, ImageEncoder, add_drop_path
-from lcl_megatron.evaluation.encoders.load import load_encoder
+from lcl_megatron.evaluation.encoders.load import encoder_name, load_encoder
+from lcl_megatron.evaluation.flags import TransferFlags
 from tests.evaluation.encoders.test_preprocessing import picture, png
 from tests.stock import stock_or_skip
 
@@ -315,3 +317,18 @@ def test_unsupported_transforms_and_lost_weights_are_explained(tmp_path: Path) -
     safetensors.save_file(tensors, weights, metadata={"format": "pt"})
     with pytest.raises(EncoderError, match=r"2 weights are missing, e\.g\. .*post_layernorm.bias"):
         load_encoder(str(tmp_path / "clip_vision"))
+
+
+def test_encoders_that_are_called_alike_are_refused(tmp_path: Path) -> None:
+    """Else the second's model and predictions would replace the first's."""
+    folders = [tmp_path / run / "clip_vision" for run in ("a", "b")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    specs = tuple(map(str, folders))
+    with pytest.raises(ConfigError, match="two are called alike, clip_vision, .*name them: NAME=ENCODER"):
+        TransferFlags(encoder=specs, output=tmp_path)
+    assert TransferFlags(encoder=(specs[0], f"other={specs[1]}", "timm:x?a=1"), output=tmp_path).encoder[0] == specs[0]
+    spec = f"random:{SMALL_SPEC}"
+    stock_or_skip("timm")
+    for named in (spec, f"mine={spec}"):
+        assert load_encoder(named).name == encoder_name(named)

@@ -66,6 +66,17 @@ def test_images_belong_to_the_most_similar_prompt(tmp_path: Path) -> None:
         zero_shot(model, test, test.classes, ["a thing"])
 
 
+def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    class Diverged(ColourModel):
+        def embed_images(self, pixels: Tensor) -> Tensor:
+            return super().embed_images(pixels) * float("nan")
+
+    write_folders(tmp_path, "val", 1)
+    test = open_split(tmp_path, "val")
+    with pytest.raises(ValueError, match="colours: features are not finite, so that no class is the most similar"):
+        zero_shot(Diverged(), test, test.classes, ["{}"])
+
+
 def test_class_names_come_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "names.txt"
     file.write_text("sky\ngrass\n\nrose \n")

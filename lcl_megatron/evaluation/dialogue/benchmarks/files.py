@@ -47,7 +47,8 @@ def read_json(path: Path, kind: type) -> Any:
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a file with one per line; raises ``BenchmarkError`` with the line."""
     records = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    # Not splitlines: JSON texts may hold other line ends, such as U+2028, as they are.
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
