@@ -26,9 +26,10 @@ class DataConfig:
     view: tuple[Literal["interleaved", "pairs"], ...] = ("interleaved",)
     """What a document is, for each corpus or for all: ``interleaved`` = as its source wrote it; ``pairs`` = every image
     with the sentence that it is matched to (MMC4-Pair)."""
-    pair_placement: Literal["random", "text_first"] = "random"
+    pair_placement: Literal["random", "text_first", "image_first"] = "random"
     """Where the image of a pair stands: ``random`` = before or after its sentence, with probability 1/2 each;
-    ``text_first`` = after it, so that every pair is contrasted (CLIP: with ``--generation-loss-weight 0``)."""
+    ``text_first`` = after it, so that every pair is contrasted (CLIP: with ``--generation-loss-weight 0``);
+    ``image_first`` = before it, so that none is (captioning: with ``--contrastive-loss-weight 0``)."""
     tokenizer_model: str = ""
     """SentencePiece model; empty = the copy inside the corpus. Another tokenizer than the corpora's is refused."""
     seq_length: int = 2048

@@ -122,11 +122,13 @@ def run_jobs(
 
 
 def _end_with(parent: int) -> None:
-    """End this process soon after its parent, which may be killed without a chance to say so."""
+    """End this process and its children soon after its parent, which may be killed without a chance to say so."""
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
+        for child in multiprocessing.active_children():
+            child.kill()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -43,7 +43,7 @@ class Method:
 
 
 _NO_CONTRAST: SectionValues = {"loss": {"contrastive_loss_weight": 0.0}}
-_PAIRS: SectionValues = {"data": {"view": ("pairs",)}}
+_CAPTIONS: SectionValues = {"data": {"view": ("pairs",), "pair_placement": "image_first"}}
 _NO_GENERATION: SectionValues = {"loss": {"generation_loss_weight": 0.0}}
 
 METHODS = (
@@ -67,10 +67,10 @@ METHODS = (
     Method("supervised", "trained with the labels", "supervised", role="reference", trains_text=False),
     Method(
         "generation_only_pairs",
-        "generation alone, image-sentence pairs",
+        "generation alone, images before their sentences",
         "pretrain",
         role="control",
-        settings=_NO_CONTRAST | _PAIRS,
+        settings=_NO_CONTRAST | _CAPTIONS,
     ),
     Method(
         "generation_only_control",
@@ -83,9 +83,9 @@ METHODS = (
 )
 """Everything that is run, in the order of the tables.
 
-Two controls. Pairs are the images and sentences of the main documents without the text around them: where the image
-stands first, nothing but the image foretells its sentence. The control documents are whole ones, which announce
-nothing.
+Two controls. Pairs are the images and sentences of the main documents without the text around them, image first:
+nothing but the image foretells its sentence, and nothing stands before it that it could be contrasted with. The control
+documents are whole ones, which announce nothing.
 """
 
 

@@ -148,7 +148,7 @@ def _text_curves(main: Sequence[MethodSummary], control: Sequence[MethodSummary]
     """Return the text loss on the main documents and on those of both controls, side by side."""
     groups = {
         "Text loss, main documents": main,
-        "Text loss, image-sentence pairs": [summary for summary in control if summary.method.documents == "main"],
+        "Text loss, images before sentences": [summary for summary in control if summary.method.documents == "main"],
         "Text loss, control documents": [summary for summary in control if summary.method.documents == "control"],
     }
     drawings = []
@@ -250,8 +250,8 @@ _TEXT_LOSS = (
 _CONTROL = (
     "Generation alone must learn where nothing but the image foretells the text; if it did not, its failure above "
     "might be a defect and no collapse. Pairs are the images and sentences of the main documents without the text "
-    "around them, image first or sentence first at random: where the image stands first, only the image foretells the "
-    "sentence. The control documents ({documents}) are whole ones that announce nothing."
+    "around them, image first: only the image foretells the sentence. The control documents ({documents}) are whole "
+    "ones that announce nothing."
 )
 _STYLE = """
 ul { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .3rem 1.5rem }

@@ -143,7 +143,11 @@ def markdown_table(summaries: Sequence[MethodSummary]) -> str:
 def cells(summary: MethodSummary) -> list[str]:
     """Return what the tables say of a method."""
     text = summary.text_loss
-    spread, rank = (summary.monitor(f"features/pooled_{name}") for name in ("std", "effective_rank"))
+    # Monitors are of the images that are contrasted: without any they say nothing.
+    contrasted = bool(summary.monitor("contrast/num_pairs"))
+    spread, rank = (
+        summary.monitor(f"features/pooled_{name}") if contrasted else None for name in ("std", "effective_rank")
+    )
     return [
         summary.method.title,
         percent(summary.linear),

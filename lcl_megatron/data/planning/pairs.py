@@ -2,7 +2,7 @@
 
 Over an MMC4 corpus this is MMC4-Pair, over captioned images it is what they are (LCL paper, section 4.1). A pair is
 ``BOS, text, BoI, L x image, EoI, EOS``, or with the image first, with probability 1/2 each, anew in every epoch;
-never with the image first if ``data.pair_placement`` is ``text_first``.
+``data.pair_placement`` fixes one of the two for all.
 Nothing is copied: the view is computed from the corpus of documents.
 """
 
@@ -66,7 +66,7 @@ class PairComposer(Composer):
         epochs = np.broadcast_to(np.asarray(epochs, dtype=np.int64), images.shape)
         segments = self._segments(images, self.corpus.image_documents(images))
         text = np.asarray(self.corpus.segment_lengths)[segments].astype(np.int64)
-        after = np.ones(len(images), dtype=bool)
+        after = np.full(len(images), self.config.pair_placement == "text_first")
         if self.config.pair_placement == "random":
             after = keyed_hash(self.seed, Stream.PLACEMENT, epochs, images) >> np.uint64(63) == 1
         positions = 1 + np.where(after, text, 0)

@@ -189,30 +189,28 @@ def test_pairs_are_each_image_with_its_sentence(written: WrittenCorpus) -> None:
     assert abs(before / (2 * len(expected)) - 0.5) < 4 * 0.5 / (2 * len(expected)) ** 0.5
 
 
-def test_pairs_with_text_first_are_the_same_pairs_all_contrasted(written: WrittenCorpus) -> None:
-    random, first = (
+@pytest.mark.parametrize("placement", ["text_first", "image_first"])
+def test_pairs_in_one_order_are_the_same_pairs_all_contrasted_or_none(written: WrittenCorpus, placement: str) -> None:
+    random, ordered = (
         RowSequence(
-            [written.corpus],
-            dataclasses.replace(CONFIG, view=("pairs",), pair_placement=placement),
-            NUM_LATENTS,
-            SEED,
+            [written.corpus], dataclasses.replace(CONFIG, view=("pairs",), pair_placement=name), NUM_LATENTS, SEED
         )
-        for placement in ("random", "text_first")
+        for name in ("random", placement)
     )
     special = written.corpus.special_tokens
-    num_rows = first.sources[0].num_rows
+    shown = [special.boi, *[special.image] * NUM_LATENTS, special.eoi]
+    num_rows = ordered.sources[0].num_rows
     assert num_rows == random.sources[0].num_rows
     other = random.read(0, num_rows)
-    assert not other.has_context.all()
-    for row, same in zip(first.read(0, num_rows).rows, other.rows, strict=True):
+    assert 0 < other.has_context.sum() < len(other.has_context)
+    for row, same in zip(ordered.read(0, num_rows).rows, other.rows, strict=True):
         assert row.documents.tolist() == same.documents.tolist()
-        batch = collate_rows(first, [row]).batch
-        assert batch.has_context.all()
+        batch = collate_rows(ordered, [row]).batch
+        assert set(batch.has_context.tolist()) == {placement == "text_first"}
         borders, tokens = batch.cu_seqlens.tolist(), batch.tokens.reshape(-1).tolist()
         for begin, end in itertools.pairwise(borders[: len(row.documents) + 1]):
-            assert tokens[begin] == special.bos
-            shown = [special.boi, *[special.image] * NUM_LATENTS, special.eoi, special.eos]
-            assert tokens[end - len(shown) : end] == shown
+            image = tokens[begin + 1 : end - 1][-len(shown) :] if placement == "text_first" else tokens[begin + 1 :]
+            assert image[: len(shown)] == shown
 
 
 def test_pairs_that_are_left_out_are_counted(tmp_path_factory: pytest.TempPathFactory) -> None:
