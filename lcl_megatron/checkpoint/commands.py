@@ -124,7 +124,13 @@ def _verify(report: ExportReport, weights: ModelWeights, output: Path) -> Export
             f"{output} is written, but --verify compares with the model's own outputs and needs {error.name}; "
             "install megatron-core, or leave --verify out"
         ) from error
-    report = with_measurements(report, measure(report, weights, output))
+    try:
+        measurements = measure(report, weights, output)
+    except LibraryError as error:
+        raise LibraryError(
+            f"{output} is written, but --verify could not load it: {error}; or leave --verify out"
+        ) from error
+    report = with_measurements(report, measurements)
     write_report(report, output)
     return report
 

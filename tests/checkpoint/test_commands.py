@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lcl_megatron.checkpoint.commands import import_source, official
+from lcl_megatron.checkpoint.commands import export, import_source, official
 from lcl_megatron.checkpoint.convert.importing import ImportOptions
 from lcl_megatron.checkpoint.convert.official_file import Heads
 from lcl_megatron.checkpoint.folders import CheckpointError
+from lcl_megatron.checkpoint.stock_libraries import LibraryError
 from lcl_megatron.checkpoint.weights import read_weights, write_weights
 from lcl_megatron.config.toml import from_toml
 from tests.checkpoint.convert import stock_models
@@ -76,6 +77,17 @@ def test_parts_of_our_own_weights_and_nothing_to_compare_without_verify(tmp_path
     with pytest.raises(CheckpointError, match="the weights hold pool only, and not vision"):
         import_source(str(tmp_path / "pool"), tmp_path / "more", ImportOptions(parts=("vision",)))
     assert not (tmp_path / "more").exists()
+
+
+def test_export_that_no_library_can_verify_says_that_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock_models.library("huggingface_hub")
+    write_weights(random_weights(tiny_config()), tmp_path / "ours")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(LibraryError, match=r"out is written, but --verify could not load it: timm cannot be imported"):
+        export(tmp_path / "ours", tmp_path / "out", verify=True)
+    assert (tmp_path / "out" / "export_report.json").is_file()
 
 
 def test_import_needs_megatron_core_only_to_verify(tmp_path: Path) -> None:

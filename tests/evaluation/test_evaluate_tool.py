@@ -66,6 +66,9 @@ def test_two_encoders_share_a_table_with_a_third_of_another_call(
     assert "| c | full | 2 |" in table
     merged = ("table", "--results", tmp_path / "1", tmp_path / "2", "--output", tmp_path / "3")
     assert evaluate(monkeypatch, *merged) is None
+    printed = capsys.readouterr().out
+    assert printed.startswith(table)
+    assert printed.endswith(f"wrote {tmp_path / '3'}/results.json, results.md and results.png\n")
     assert list(metrics(tmp_path / "3")) == ["a", "b", "c"]
 
 

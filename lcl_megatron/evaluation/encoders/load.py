@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lcl_megatron.checkpoint.stock_libraries import LibraryError
 from lcl_megatron.evaluation.encoders.encoder import EncoderError, ImageEncoder
 from lcl_megatron.evaluation.encoders.stock import clip_encoder, open_clip_encoder, timm_encoder
 
@@ -58,7 +59,7 @@ def load_encoder(spec: str, drop_path_rate: float = 0.0, seed: int = 0) -> Image
             return open_clip_encoder(spec, model, pretrained, drop_path_rate)
         if kind == "clip":
             return clip_encoder(spec, name, drop_path_rate)
-    except (EncoderError, ImportError):
+    except (EncoderError, LibraryError, ImportError):
         raise
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         # Libraries raise all of these for unknown names, absent files, wrong arguments and missing networks.
@@ -103,7 +104,7 @@ def _from_folder(spec: str, folder: Path, drop_path_rate: float) -> ImageEncoder
             return timm_encoder(name, f"local-dir:{folder}", True, {"drop_path_rate": drop_path_rate})
         if kind in ("clip", "clip_vision_model"):
             return clip_encoder(name, str(folder), drop_path_rate)
-    except EncoderError:
+    except (EncoderError, LibraryError):
         raise
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise _cannot_load(spec, error) from error

@@ -141,12 +141,15 @@ def _draw_bars(axes: Axes, results: Sequence[TaskResult]) -> None:
     names = list(dict.fromkeys(metric.name for result in results for metric in result.metrics))
     height = 0.8 / max(1, len(results))
     for number, result in enumerate(results):
-        for metric in result.metrics:
+        for index, metric in enumerate(result.metrics):
             factor = 100 if metric.percent else 1
             place = names.index(metric.name) + (number - (len(results) - 1) / 2) * height
             low, high = _widest(metric)
             error = [[factor * (metric.mean - low)], [factor * (high - metric.mean)]]
-            axes.barh(place, factor * metric.mean, 0.9 * height, color=f"C{number % 10}", xerr=error, capsize=2)
+            label = _label(result) if index == 0 else None
+            axes.barh(
+                place, factor * metric.mean, 0.9 * height, color=f"C{number % 10}", xerr=error, capsize=2, label=label
+            )
             axes.text(
                 factor * max(high, metric.mean), place, f"  {_number(metric, metric.mean)}", va="center", fontsize=8
             )
@@ -159,6 +162,9 @@ def _draw_bars(axes: Axes, results: Sequence[TaskResult]) -> None:
     axes.set_xlim(left=0)
     axes.set_xlabel("per cent (dotted: chance)" if all(m.percent for r in results for m in r.metrics) else "score")
     axes.grid(axis="x", alpha=0.3)
+    # Where there are curves, their legend says whose colours these are.
+    if not any(result.curves for result in results):
+        axes.legend(fontsize=8, loc="lower right")
 
 
 def _widest(metric: MetricSummary) -> Interval:

@@ -106,7 +106,7 @@ def assemble(recipe: Recipe, device: torch.device, seed: int = 0, drop_path_rate
     limit = getattr(language_model.config, "max_position_embeddings", None)
     if limit is not None and recipe.max_length > limit:
         raise AssemblyError(
-            f"max_length = {recipe.max_length}, but {recipe.language_model} has {limit} positions; set max_length"
+            f"max_length = {recipe.max_length}, but {recipe.language_model} has {limit} positions; set fewer"
         )
     torch.manual_seed(seed)
     connector = Connector(encoder.width, embeddings.shape[1], recipe.connector_layers)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lcl_megatron.checkpoint.stock_libraries import LibraryError
 from lcl_megatron.config.errors import ConfigError
 from lcl_megatron.evaluation.encoders.encoder import EncoderError, ImageEncoder, add_drop_path
 from lcl_megatron.evaluation.encoders.load import encoder_name, load_encoder
@@ -285,6 +287,14 @@ def test_what_cannot_be_loaded_is_explained(spec: str, message: str) -> None:
         stock_or_skip(library)
     with pytest.raises(EncoderError, match=message):
         load_encoder(spec)
+
+
+def test_absent_library_is_not_taken_for_a_wrong_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "timm_wrapper"}')
+    monkeypatch.setitem(sys.modules, "timm", None)
+    for spec in (str(tmp_path), f"random:{ARCHITECTURE}"):
+        with pytest.raises(LibraryError, match=r"^timm cannot be imported .*pip install 'lcl_megatron\[eval\]'"):
+            load_encoder(spec)
 
 
 def test_bad_folders_are_explained(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_the_recipe_can_be_changed_when_a_model_is_taken_further(recipe: Recipe,
 
 
 def test_what_cannot_be_assembled(recipe: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(AssemblyError, match="max_length = 999, but .* has 256 positions; set max_length"):
+    with pytest.raises(AssemblyError, match="max_length = 999, but .* has 256 positions; set fewer"):
         assemble(dataclasses.replace(recipe, max_length=999), CPU)
     (tmp_path / "empty").mkdir()
     with pytest.raises(AssemblyError, match="language model '.*empty' cannot be loaded: .*; give a folder with"):
