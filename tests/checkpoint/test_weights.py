@@ -316,7 +316,7 @@ import sys
 sys.modules["megatron"] = None
 from pathlib import Path
 from lcl_megatron.checkpoint.commands import COMMANDS
-from lcl_megatron.checkpoint.convert import clip_vision, official, opt, table, targets, timm_vit, whole_model
+from lcl_megatron.checkpoint.convert import clip_vision, export_targets, official, opt, table, timm_vit, whole_model
 from lcl_megatron.checkpoint.stock_libraries import LibraryError
 from lcl_megatron.checkpoint.weights import read_weights, write_weights
 source, output = map(Path, sys.argv[1:])
