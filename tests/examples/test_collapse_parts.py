@@ -132,10 +132,13 @@ def test_a_run_that_saw_other_images_is_refused(module: Any, tmp_path: Path) -> 
     [
         (("images_seen = 480", ""), r"\[experiment\] lacks images_seen and has unknown fields none"),
         (("images_seen", "images_saen"), r"lacks images_seen and has unknown fields images_saen"),
-        (("images_seen = 480", "images_seen = 2.5"), r"experiment.images_seen = 2.5; expected int"),
+        (
+            ("images_seen = 480", "images_seen = 2.5"),
+            r"experiment.images_seen = 2.5 is of type float; expected a whole number",
+        ),
         (("images_seen = 480", "images_seen = 4"), r"experiment.images_per_step = 24; expected 1 to 4, the images of"),
         (("[1, 2]", "[1, 1]"), r"experiment.seeds = \[1, 1\]; at least two different seeds"),
-        (("[1, 2]", '["a"]'), r"experiment.seeds = \['a'\]; expected tuple\[int, ...\]"),
+        (("[1, 2]", '["a"]'), r"experiment.seeds\[0\] = 'a' is of type str; expected a whole number"),
         (("num_layers = 1", "num_layer = 1"), r"unknown field 'vision.num_layer'"),
         (("[pool]", "[pool"), r"mine.toml: not valid TOML"),
     ],

@@ -9,13 +9,13 @@ import dataclasses
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from methods import Method
 
 from lcl_megatron.config import ConfigError, RunConfig
 from lcl_megatron.config.errors import require
-from lcl_megatron.config.toml import SectionValues, build, sections_of
+from lcl_megatron.config.toml import SectionValues, build, convert_value, sections_of
 
 PRESETS = Path(__file__).parent
 
@@ -99,17 +99,13 @@ def read_preset(name: str) -> Preset:
 
 def _experiment(table: dict[str, Any], source: str) -> ExperimentConfig:
     """Return the table ``[experiment]``, which must be complete and of the right types."""
-    example: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(ExperimentConfig)}
-    missing, unknown = sorted(example.keys() - table.keys()), sorted(table.keys() - example.keys())
+    example = [field.name for field in dataclasses.fields(ExperimentConfig)]
+    missing, unknown = sorted(set(example) - table.keys()), sorted(table.keys() - set(example))
     if missing or unknown:
         raise ConfigError(
             f"{source}: [experiment] lacks {', '.join(missing) or 'nothing'} and has unknown fields "
             f"{', '.join(unknown) or 'none'}; expected {', '.join(example)}"
         )
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
-    for name, value in values.items():
-        kind = {"int": int, "str": str, "tuple[int, ...]": tuple}[example[name]]
-        items = value if isinstance(value, tuple) else ()
-        if type(value) is not kind or any(type(item) is not int for item in items):
-            raise ConfigError(f"{source}: experiment.{name} = {table[name]!r}; expected {example[name]}")
+    hints = get_type_hints(ExperimentConfig)
+    values = {name: convert_value(value, hints[name], f"{source}: experiment.{name}") for name, value in table.items()}
     return ExperimentConfig(**values)
