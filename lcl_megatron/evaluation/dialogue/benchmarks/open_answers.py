@@ -14,7 +14,7 @@ case without a full stop at the end, because its score is equality of strings.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +100,7 @@ def write_vqav2(questions: Sequence[Question], answers: Sequence[str], folder: P
 
 def score_vqav2(questions: Sequence[Question], answers: Sequence[str]) -> Score:
     """Return the accuracy, over all and by answer type; empty without annotations."""
-    if not all(question.answers for question in questions):
-        return {}
-    values = [vqa_accuracy(answer, question.answers) for question, answer in zip(questions, answers, strict=True)]
-    return means_by_category(questions, values)
+    return _scored(questions, answers, vqa_accuracy)
 
 
 def read_vizwiz(files: BenchmarkFiles) -> list[Question]:
@@ -137,9 +134,14 @@ def write_vizwiz(questions: Sequence[Question], answers: Sequence[str], folder: 
 
 def score_vizwiz(questions: Sequence[Question], answers: Sequence[str]) -> Score:
     """Return the accuracy, over all and by answer type; empty for the test split, which has no answers."""
+    return _scored(questions, answers, vizwiz_accuracy)
+
+
+def _scored(questions: Sequence[Question], answers: Sequence[str], accuracy: Callable[..., float]) -> Score:
+    """Return an accuracy against people's answers, over all and by answer type; empty where people's are unknown."""
     if not all(question.answers for question in questions):
         return {}
-    values = [vizwiz_accuracy(answer, question.answers) for question, answer in zip(questions, answers, strict=True)]
+    values = [accuracy(answer, question.answers) for question, answer in zip(questions, answers, strict=True)]
     return means_by_category(questions, values)
 
 
