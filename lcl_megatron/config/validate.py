@@ -136,6 +136,12 @@ def _check_pipeline(config: RunConfig) -> None:
         "latents do not travel to the last stage, where they would be compared with the language model's outputs; set "
         "--pipeline-model-parallel-size 1, or --latent-regression-loss-weight 0",
     )
+    require(
+        not config.loss.contrastive_keep_graphs or stages == 1,
+        f"loss.contrastive_keep_graphs with parallel.pipeline_model_parallel_size = {stages}: the pipeline frees a "
+        "micro-batch's activations before all are contrasted; set --pipeline-model-parallel-size 1, or "
+        "--no-contrastive-keep-graphs for the two passes",
+    )
 
 
 def _check_sequence(config: RunConfig) -> None:

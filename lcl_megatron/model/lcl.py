@@ -47,7 +47,7 @@ class LCLOutput:
     """What the losses read; whole and alike on every tensor-parallel rank."""
 
     token_losses_K: Tensor
-    """(K,) float32 next-token cross-entropy of each text target."""
+    """(K,) float32 next-token cross-entropy of each text target; empty where only features were asked for."""
     pooled_ND: Tensor
     """(N, D) global latent of each image slot."""
     context_ND: Tensor
@@ -79,12 +79,17 @@ class LCLModel(MegatronModule):
             )
         self.register_parameter("logit_scale", None)
         if stage.has(HEADS):
-            # One entry and not a scalar, so that weight decay's rule for 1-D parameters spares it; always float32.
-            self.logit_scale = nn.Parameter(torch.empty(1, dtype=torch.float32))
+            # One entry and not a scalar, so that weight decay's rule for 1-D parameters spares it; never of low precision.
+            dtype = torch.promote_types(runtime.params_dtype, torch.float32)
+            self.logit_scale = nn.Parameter(torch.empty(1, dtype=dtype))
         mark_split_weights(self)
 
     def forward(
-        self, batch: PackedBatch, activations: Activations | None = None, step: int = 0
+        self,
+        batch: PackedBatch,
+        activations: Activations | None = None,
+        step: int = 0,
+        features_only: bool = False,
     ) -> Activations | LCLOutput:
         """Run this stage's pieces.
 
@@ -92,6 +97,7 @@ class LCLModel(MegatronModule):
             batch: the micro-batch; pixels are read by the first stage only.
             activations: what the stage before sent; None on the first stage.
             step: optimizer step, seeds drop-path (in training mode).
+            features_only: leave out the token losses, and with them the vocabulary projection.
 
         Returns:
             ``LCLOutput`` on the last stage, else the activations for the next stage.
@@ -101,7 +107,7 @@ class LCLModel(MegatronModule):
             state = self._see(batch, state, step)
         if self.language is not None:
             state = self._read(batch, state)
-        return self._finish(batch, state) if self.stage.is_last else state
+        return self._finish(batch, state, features_only) if self.stage.is_last else state
 
     def _see(self, batch: PackedBatch, state: Activations, step: int) -> Activations:
         """Run the stage's vision pieces."""
@@ -124,21 +130,24 @@ class LCLModel(MegatronModule):
         latents_NLH = state.latents_NLH if self._regresses_latents else None
         return Activations(latents_NLH=latents_NLH, pooled_ND=state.pooled_ND, hidden_T1H=hidden_T1H)
 
-    def _finish(self, batch: PackedBatch, state: Activations) -> LCLOutput:
-        """Compute token losses and context features; a micro-batch without targets has one loss of weight 0."""
+    def _finish(self, batch: PackedBatch, state: Activations, features_only: bool) -> LCLOutput:
+        """Compute token losses and context features."""
         language, hidden_T1H = present(self.language), present(state.hidden_T1H)
-        edge, heads = language.edge, present(language.heads)
+        losses_K = hidden_T1H.new_empty(0) if features_only else self._token_losses(batch, hidden_T1H)
+        context_hidden_NH = language.edge.pick_rows(hidden_T1H, batch.context_slots)
+        context_ND = present(language.heads).context_features(context_hidden_NH)
+        errors_N = self._latent_errors(batch, state) if self._regresses_latents and not features_only else None
+        return LCLOutput(losses_K, present(state.pooled_ND), context_ND, present(self.logit_scale)[0], errors_N)
+
+    def _token_losses(self, batch: PackedBatch, hidden_T1H: Tensor) -> Tensor:
+        """Return the loss of each target, (K,) float32; a micro-batch without targets has one of weight 0."""
+        language = present(self.language)
         has_targets = batch.label_positions.shape[0] > 0
         positions_K = batch.label_positions if has_targets else batch.label_positions.new_zeros(1)
-        target_hidden_KH = edge.pick_rows(hidden_T1H, positions_K)
+        target_hidden_KH = language.edge.pick_rows(hidden_T1H, positions_K)
         labels_K = batch.labels.flatten().index_select(0, positions_K)
-        losses_K = heads.token_losses(target_hidden_KH, labels_K, language.vocabulary_matrix())
-        context_hidden_NH = edge.pick_rows(hidden_T1H, batch.context_slots)
-        context_ND = heads.context_features(context_hidden_NH)
-        if not has_targets:
-            losses_K = losses_K * 0.0
-        errors_N = self._latent_errors(batch, state) if self._regresses_latents else None
-        return LCLOutput(losses_K, present(state.pooled_ND), context_ND, present(self.logit_scale)[0], errors_N)
+        losses_K = present(language.heads).token_losses(target_hidden_KH, labels_K, language.vocabulary_matrix())
+        return losses_K if has_targets else losses_K * 0.0
 
     @property
     def _regresses_latents(self) -> bool:

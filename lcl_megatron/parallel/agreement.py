@@ -7,6 +7,7 @@ one byte per image of the global batch, and one for the request to stop.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,19 +44,31 @@ class AgreedStep:
         """Images of the global batch that could not be decoded."""
         return int((~self.image_ok).sum())
 
-    def pair_slots(self, micro_batch: int) -> PairSlots:
-        """Return which image slots of a micro-batch form contrastive pairs, on every data-parallel rank.
+    def pair_slots(self, micro_batches: Sequence[int]) -> PairSlots:
+        """Return which image slots of some micro-batches form contrastive pairs, on every data-parallel rank.
 
-        A rank without images has one blank slot.
+        Slots of a rank are ordered by micro-batch; a micro-batch without images has one blank slot.
+
+        Args:
+            micro_batches: their indices, the same on all ranks.
         """
-        num_slots: list[int] = []
-        is_pair: list[bool] = []
-        for dp_rank in range(self.layout.num_images.shape[1]):
-            begin, end = self.layout.image_range(micro_batch, dp_rank)
-            pairs = self.layout.has_context[begin:end] & self.image_ok[begin:end]
-            num_slots.append(max(1, end - begin))
-            is_pair += pairs.tolist() or [False]
-        return PairSlots(num_slots, torch.tensor(is_pair))
+        num_images_MR = self.layout.num_images
+        first_image_MR = (np.cumsum(num_images_MR) - num_images_MR.ravel()).reshape(num_images_MR.shape)
+        chosen = list(micro_batches)
+        images_RM, first_image_RM = num_images_MR[chosen].T, first_image_MR[chosen].T
+        slots_RM = np.maximum(images_RM, 1)
+        first_slot_RM = (np.cumsum(slots_RM) - slots_RM.ravel()).reshape(slots_RM.shape)
+        is_pair = np.zeros(slots_RM.sum(), dtype=bool)
+        pairs = self.layout.has_context & self.image_ok
+        is_pair[_ranges(first_slot_RM, images_RM)] = pairs[_ranges(first_image_RM, images_RM)]
+        return PairSlots(slots_RM.sum(axis=1).tolist(), torch.from_numpy(is_pair))
+
+
+def _ranges(begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return [b, b + 1, ..., b + n - 1] of every begin b and length n, one after the other."""
+    begins, lengths = begins.ravel(), lengths.ravel()
+    before = np.cumsum(lengths) - lengths
+    return np.repeat(begins - before, lengths) + np.arange(lengths.sum())
 
 
 def agree(batch: StepBatch, groups: ProcessGroups, stop: bool = False) -> AgreedStep:

@@ -25,8 +25,8 @@ from lcl_megatron.parallel.groups import ProcessGroups, initialize
 from lcl_megatron.parallel.pipeline import PipelineStage, PlannedP2PCommunicator, embedding_ranks
 from lcl_megatron.parallel.sequence import TensorParallelSequence
 
-LossFunction = Callable[[LCLOutput], tuple[Tensor, Any]]
-"""Takes the output of the last stage for one micro-batch; returns the loss to differentiate and what to report."""
+LossFunction = Callable[[Any], tuple[Tensor, Any]]
+"""Takes what the last stage's forward step returned; returns the loss to differentiate and what to report."""
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -78,10 +78,6 @@ class Engine:
         Returns:
             What ``loss_function`` reported for each micro-batch on the last stage; empty elsewhere.
         """
-        schedule = self.ddp.config
-        images = [micro_batch.num_images for micro_batch in micro_batches]
-        pipeline = self.groups.pp_size > 1
-        communicator = PlannedP2PCommunicator(self.groups, schedule, self.stage, self.config, images)
         batches = iter(enumerate(micro_batches))
 
         def forward_step(iterator: Any, model: DistributedDataParallel) -> tuple[Any, Callable[[Any], Any]]:
@@ -89,6 +85,68 @@ class Engine:
             output = model(micro_batch.to(self.device), step)
             return output, partial(self._loss_and_report, partial(loss_function, index))
 
+        return self._schedule(forward_step, batches, micro_batches, forward_only, whole_gradients)
+
+    def features(self, micro_batches: Sequence[PackedBatch], step: int) -> list[LCLOutput]:
+        """Run all micro-batches forward, without a graph, for the features that are contrasted.
+
+        Args:
+            micro_batches: this rank's micro-batches, in order.
+            step: optimizer step, seeds drop-path.
+
+        Returns:
+            The model's output for each micro-batch on the last stage, without token losses; empty elsewhere.
+        """
+        batches = iter(micro_batches)
+
+        def forward_step(iterator: Any, model: DistributedDataParallel) -> tuple[Any, Callable[[Any], Any]]:
+            output = model(next(iterator).to(self.device), step, features_only=True)
+            return output, partial(self._loss_and_report, self._nothing_to_differentiate)
+
+        with torch.no_grad():
+            return self._schedule(forward_step, batches, micro_batches, forward_only=True, whole_gradients=False)
+
+    def forward_backward_together(
+        self,
+        micro_batches: Sequence[PackedBatch],
+        loss_function: Callable[[list[LCLOutput]], tuple[Tensor, list[Any]]],
+        step: int,
+        whole_gradients: bool = False,
+    ) -> list[Any]:
+        """Run all micro-batches forward, keep their activations, and differentiate one loss of all outputs.
+
+        Needs the whole line of layers on this rank (one pipeline stage).
+
+        Args:
+            micro_batches: this rank's micro-batches, in order.
+            loss_function: takes the outputs of all micro-batches; returns the loss to differentiate, divided by global
+                counts already, and what to report for each micro-batch.
+            step: optimizer step, seeds drop-path.
+            whole_gradients: as in ``forward_backward``.
+
+        Returns:
+            What ``loss_function`` reported.
+        """
+
+        def forward_step(_: Any, model: DistributedDataParallel) -> tuple[Any, Callable[[Any], Any]]:
+            outputs = [model(micro_batch.to(self.device), step) for micro_batch in micro_batches]
+            return outputs, partial(self._loss_and_report, loss_function)
+
+        # To the schedule it is one micro-batch, so gradients are reduced once, after the one backward pass.
+        (reports,) = self._schedule(forward_step, iter(()), micro_batches[:1], False, whole_gradients)
+        return reports
+
+    def _schedule(
+        self,
+        forward_step: Callable[..., Any],
+        batches: Iterator[Any],
+        micro_batches: Sequence[PackedBatch],
+        forward_only: bool,
+        whole_gradients: bool,
+    ) -> list[Any]:
+        """Run megatron-core's schedule; return what was reported for each micro-batch on the last stage."""
+        images = [micro_batch.num_images for micro_batch in micro_batches]
+        communicator = PlannedP2PCommunicator(self.groups, self.ddp.config, self.stage, self.config, images)
         return get_forward_backward_func(self.groups.pp_size, None)(
             forward_step_func=forward_step,
             data_iterator=batches,
@@ -99,7 +157,7 @@ class Engine:
             micro_batch_size=self.config.training.micro_batch_size,
             forward_only=forward_only,
             force_all_reduce=whole_gradients,
-            p2p_communicator=communicator if pipeline else None,
+            p2p_communicator=communicator if self.groups.pp_size > 1 else None,
             pg_collection=self.groups.collection,
         )
 
@@ -116,7 +174,10 @@ class Engine:
         if overlapped:
             self.ddp.enable_forward_pre_hook()
 
-    def _loss_and_report(self, loss_function: LossFunction, output: LCLOutput) -> tuple[Tensor, Tensor, Any]:
+    def _nothing_to_differentiate(self, output: LCLOutput) -> tuple[Tensor, LCLOutput]:
+        return torch.zeros((), device=self.device), output
+
+    def _loss_and_report(self, loss_function: LossFunction, output: Any) -> tuple[Tensor, Tensor, Any]:
         loss, report = loss_function(output)
         # The second entry is megatron-core's token count, by which it would divide; our losses are divided already.
         return loss, torch.zeros((), dtype=torch.int, device=loss.device), report

@@ -104,8 +104,8 @@ class PipelineStage(MegatronModule):
         """Return this stage's copy of the tied matrix; its gradient is summed over the embedding group."""
         return present(self.model.language).vocabulary_weight
 
-    def forward(self, batch: PackedBatch, step: int) -> Tensor | LCLOutput:
-        """Run this stage on one micro-batch.
+    def forward(self, batch: PackedBatch, step: int, features_only: bool = False) -> Tensor | LCLOutput:
+        """Run this stage on one micro-batch; ``features_only`` as in ``LCLModel.forward``.
 
         Returns:
             ``LCLOutput`` on the last stage, else the tensor for the next stage.
@@ -113,7 +113,7 @@ class PipelineStage(MegatronModule):
         received = None
         if not self.stage.is_first:
             received = unpack(present(self._received), self.stage.first_piece, batch.num_image_slots)
-        result = self.model(batch, received, step)
+        result = self.model(batch, received, step, features_only)
         return result if isinstance(result, LCLOutput) else pack(result)
 
     def sharded_state_dict(

@@ -69,15 +69,17 @@ class Meter:
         self.flops += layout_flops(self.run.config, layout)
         self.result = result
         for losses in result.losses:
+            nothing = torch.zeros_like(losses.generation_loss)
             contrast, regression = losses.contrast, losses.latent_regression_loss
-            regression = losses.generation_loss.new_zeros(()) if regression is None else regression
-            hits = [contrast.image_hits, contrast.context_hits]
-            self.sums += torch.stack([losses.generation_loss, losses.contrastive_loss, *hits, regression])
+            hits = [contrast.image_hits, contrast.context_hits] if contrast else [nothing, nothing]
+            errors = nothing if regression is None else regression
+            self.sums += torch.stack([losses.generation_loss, losses.contrastive_loss, *hits, errors])
 
     def report(self, bad_images: int) -> dict[str, float]:
         """Return the metrics since the last report, and start anew; collective over all ranks.
 
-        Losses are means over steps; accuracies over all pairs; features are those of the last micro-batch.
+        Losses are means over steps; accuracies over all pairs; features are those of the last micro-batch, or, where
+        all micro-batches are contrasted at once, of the last step.
 
         Args:
             bad_images: images that could not be decoded since the process started.
@@ -124,8 +126,9 @@ class Meter:
         return self.steps * self.run.config.training.global_batch_size * self.run.config.data.seq_length
 
     def _features(self, result: StepResult) -> torch.Tensor:
-        """Return monitors of the last micro-batch's features, which every rank of the last stage has gathered."""
+        """Return monitors of the features contrasted last, which every rank of the last stage has gathered."""
         contrast = result.losses[-1].contrast
+        assert contrast is not None, "the last micro-batch reports the contrast"
         images, contexts = contrast.images_GD[contrast.is_pair_G], contrast.contexts_GD[contrast.is_pair_G]
         values = [
             feature_std(images),

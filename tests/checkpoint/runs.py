@@ -31,8 +31,8 @@ from lcl_megatron.data.batch import StepBatch
 from lcl_megatron.parallel import engine as engines
 from lcl_megatron.parallel.agreement import agree
 from lcl_megatron.parallel.groups import ProcessGroups
+from lcl_megatron.training.objective import Objective
 from lcl_megatron.training.optimizer import build_optimizer, build_scheduler
-from lcl_megatron.training.step import Objective
 from tests.batches import layout_of, make_rows
 
 CONFIG = RunConfig(

@@ -23,8 +23,8 @@ from lcl_megatron.model.specs import resolve_transformer_impl
 from lcl_megatron.parallel import engine as engines
 from lcl_megatron.parallel.agreement import agree
 from lcl_megatron.training.loop import train
+from lcl_megatron.training.objective import Objective
 from lcl_megatron.training.setup import run_from
-from lcl_megatron.training.step import Objective
 from tests.batches import layout_of, make_rows, merge
 from tests.training.small_runs import DataFolder, plain_document, read_reports, small_config
 

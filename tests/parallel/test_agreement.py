@@ -45,7 +45,7 @@ def _agree(
     batch = _step(config, groups, bad.get(coordinates, []))
     agreed = agree(batch, groups, stop=rank == stops)
     assert agreed.step == batch.step
-    slots = [agreed.pair_slots(m) for m in (0, 1)]
+    slots = [agreed.pair_slots([m]) for m in (0, 1)]
     return Told(
         coordinates,
         agreed.image_ok,
@@ -125,7 +125,7 @@ def test_step_without_any_image_agrees(tiny_run: RunConfig) -> None:
         batch = StepBatch(0, layout_of([rows]), (rows[groups.dp_rank],))
         agreed = agree(batch, groups)
         assert torch.equal(agreed.micro_batches[0].image_ok, torch.tensor([False]))
-        slots = agreed.pair_slots(0)
+        slots = agreed.pair_slots([0])
         return agreed.num_pairs, agreed.num_bad_images, list(slots.num_slots), slots.is_pair.tolist()
 
     assert run_distributed(alone, 2) == [(0, 0, [1, 1], [False, False])] * 2

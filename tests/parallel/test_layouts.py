@@ -1,15 +1,15 @@
 """The invariant of the project: losses and gradients of a global batch do not depend on the parallel layout.
 
 Oracle: a single process on the same global batch. Rows have uneven image counts, one micro-batch has none, drop-path
-is on. Contrastive loss is compared between layouts whose micro-batches hold the same rows (``contrastive_scope`` is
-``micro_batch``); the generation loss must agree for all.
+is on. With ``contrastive_scope = global`` every layout must equal one micro-batch that holds all rows; with
+``micro_batch`` those layouts are alike whose micro-batches hold the same rows, and the generation loss is for all.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ from lcl_megatron.data.batch import StepBatch
 from lcl_megatron.parallel import engine as engines
 from lcl_megatron.parallel.agreement import agree
 from lcl_megatron.parallel.report import sum_over_data_parallel
-from lcl_megatron.training.step import Objective
+from lcl_megatron.training.objective import losses_and_gradients
 from tests.batches import Document, layout_of, make_rows, merge
 from tests.distributed import run_distributed
 
@@ -50,6 +50,8 @@ LOSS_TOLERANCE = 1e-5
 """Relative, fp32; seen: at most 3e-7."""
 GRADIENT_TOLERANCE = 1e-5
 """Norm of the difference relative to the norm of the gradient, fp32; seen: at most 2e-6."""
+DOUBLE_TOLERANCE = 1e-10
+"""The same for losses and gradients in fp64."""
 ZERO_GRADIENTS = {"pool.key_projection.bias", "pool.key_layernorm.bias"}
 """Shifting all keys alike does not change a softmax: these gradients are zero but for rounding."""
 
@@ -91,6 +93,9 @@ class Layout:
     sequence_parallel: bool = False
     cuts: tuple[str, ...] = ()
     latent_regression: float = 0.0
+    scope: Literal["micro_batch", "global"] = "micro_batch"
+    keep_graphs: bool = False
+    double: bool = False
 
     @property
     def world_size(self) -> int:
@@ -99,7 +104,12 @@ class Layout:
     def config(self) -> RunConfig:
         return dataclasses.replace(
             CONFIG,
-            loss=dataclasses.replace(CONFIG.loss, latent_regression_loss_weight=self.latent_regression),
+            loss=dataclasses.replace(
+                CONFIG.loss,
+                latent_regression_loss_weight=self.latent_regression,
+                contrastive_scope=self.scope,
+                contrastive_keep_graphs=self.keep_graphs,
+            ),
             training=dataclasses.replace(CONFIG.training, micro_batch_size=self.micro_batch_size),
             parallel=ParallelConfig(
                 tensor_model_parallel_size=self.tensor,
@@ -149,12 +159,36 @@ LAYOUTS_OF_REGRESSION = [
     Layout("dp2 x tp2, sequence parallel", 2, 2, tensor=2, sequence_parallel=True, latent_regression=2.0),
 ]
 
+LAYOUTS_OF_GLOBAL_SCOPE = [
+    *(dataclasses.replace(layout, scope="global") for layout in LAYOUTS),
+    Layout("one process", 1, scope="global"),
+    Layout("one process, graphs kept", 1, scope="global", keep_graphs=True),
+    Layout("one process, uneven", 2, scope="global", keep_graphs=True),
+    Layout("dp2, graphs kept", 2, data_parallel_size=2, scope="global", keep_graphs=True),
+    Layout("dp2 x tp2, graphs kept", 1, 2, tensor=2, sequence_parallel=True, scope="global", keep_graphs=True),
+    Layout("graphs kept, regression", 2, 2, latent_regression=2.0, scope="global", keep_graphs=True),
+    Layout("two passes, regression", 2, 2, latent_regression=2.0, scope="global"),
+]
+"""Four of the ranks at most, and one to eight micro-batches, of which some have no images."""
+
+LAYOUTS_IN_DOUBLE = [
+    Layout("one process", 1, scope="global", double=True),
+    Layout("one process, graphs kept", 2, scope="global", keep_graphs=True, double=True),
+    Layout("dp2", 1, data_parallel_size=2, scope="global", double=True),
+    Layout("tp2, sequence parallel", 1, tensor=2, sequence_parallel=True, scope="global", double=True),
+    Layout("pp3", 2, cuts=("vision.2", "language.1"), scope="global", double=True),
+    Layout("tp2 x pp2", 2, tensor=2, cuts=("language.1",), scope="global", double=True),
+    Layout("dp2 x pp2", 1, data_parallel_size=2, cuts=("vision.2",), scope="global", double=True),
+]
+
 Gradients = dict[str, tuple[np.ndarray, int | None]]
 
 
 def _run(rank: int, world_size: int, layout: Layout) -> tuple[list[float], Gradients, tuple[int, int]]:
     """Return losses, this rank's gradients with the dimension that tp splits, and (tp rank, dp rank)."""
     config = layout.config()
+    if layout.double:
+        _compute_in_double()
     groups = engines.start(config)
     engine = engines.build_engine(config, groups)
     with torch.no_grad():
@@ -168,9 +202,8 @@ def _run(rank: int, world_size: int, layout: Layout) -> tuple[list[float], Gradi
     batch = StepBatch(STEP, layout_of(grid), tuple(ranks[groups.dp_rank] for ranks in grid))
     agreed = agree(batch, groups)
     engine.ddp.zero_grad_buffer()
-    objective = Objective(config.loss, agreed, groups)
-    losses = engine.forward_backward(agreed.micro_batches, objective, STEP, whole_gradients=True)
-    sums = torch.zeros(3)
+    losses = losses_and_gradients(engine, agreed, whole_gradients=True)
+    sums = torch.zeros(3, dtype=torch.float64)
     for loss in losses:
         sums[:2] += torch.stack([loss.generation_loss, loss.contrastive_loss])
         sums[2] += 0.0 if loss.latent_regression_loss is None else loss.latent_regression_loss
@@ -183,6 +216,17 @@ def _run(rank: int, world_size: int, layout: Layout) -> tuple[list[float], Gradi
         for name, parameter in engine.model.named_parameters()
     }
     return totals, gradients, (groups.tp_rank, groups.dp_rank)
+
+
+def _compute_in_double() -> None:
+    """Let this process compute in float64 what it computes in float32 otherwise: parameters, losses, gradients."""
+    engines._DTYPES["fp32"] = torch.float64
+    # The vocabulary's logits, in megatron-core's cross-entropy too.
+    torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign, assignment]
+    original = engines.DistributedDataParallelConfig
+    engines.DistributedDataParallelConfig = lambda **kwargs: original(  # type: ignore[misc, assignment]
+        **{**kwargs, "grad_reduce_in_fp32": False}
+    )
 
 
 def _whole_gradients(results: list[Any], tensor: int) -> dict[str, np.ndarray]:
@@ -216,6 +260,13 @@ def references() -> dict[int, tuple[list[float], dict[str, np.ndarray]]]:
     return found
 
 
+@pytest.fixture(scope="module")
+def reference_in_double() -> tuple[list[float], dict[str, np.ndarray]]:
+    """A single process, one micro-batch."""
+    results = run_distributed(_run, 1, Layout("single", 8, double=True))
+    return results[0][0], _whole_gradients(results, 1)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_losses_and_gradients_equal_those_of_one_process(layout: Layout, references: dict[int, Any]) -> None:
     results = run_distributed(_run, layout.world_size, layout)
@@ -240,13 +291,40 @@ def test_latent_regression_does_not_depend_on_the_layout(layout: Layout, referen
         assert change > 0.01 * np.linalg.norm(gradients_without[name]), name
 
 
+@pytest.mark.parametrize("layout", LAYOUTS_OF_GLOBAL_SCOPE, ids=lambda layout: layout.name)
+def test_global_scope_equals_one_micro_batch(layout: Layout, references: dict[int, Any]) -> None:
+    expected = references[8]
+    if layout.latent_regression:
+        single = run_distributed(_run, 1, Layout("single", 8, latent_regression=layout.latent_regression))
+        expected = single[0][0], _whole_gradients(single, 1)
+    results = run_distributed(_run, layout.world_size, layout)
+    _check(results[0][0], _whole_gradients(results, layout.tensor), *expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS_IN_DOUBLE, ids=lambda layout: layout.name)
+def test_global_scope_in_double(layout: Layout, reference_in_double: Any) -> None:
+    results = run_distributed(_run, layout.world_size, layout)
+    gradients = _whole_gradients(results, layout.tensor)
+    assert {gradient.dtype for gradient in gradients.values()} == {np.dtype(np.float64)}
+    _check(results[0][0], gradients, *reference_in_double, tolerance=DOUBLE_TOLERANCE)
+
+
+def test_scopes_differ(references: dict[int, Any]) -> None:
+    """The grid would also pass if the batch's micro-batches did not matter to the contrast."""
+    (_, few), (_, many) = references[1], references[8]
+    assert references[1][0][1] < 0.9 * references[8][0][1]
+    name = "vision.embedding.weight"
+    assert np.linalg.norm(few[name] - many[name]) > 0.01 * np.linalg.norm(many[name])
+
+
 def _check(
     losses: list[float],
     gradients: dict[str, np.ndarray],
     expected_losses: list[float],
     expected: dict[str, np.ndarray],
+    tolerance: float = GRADIENT_TOLERANCE,
 ) -> None:
-    assert losses == pytest.approx(expected_losses, rel=LOSS_TOLERANCE)
+    assert losses == pytest.approx(expected_losses, rel=min(tolerance, LOSS_TOLERANCE))
     assert gradients.keys() == expected.keys()
     largest = max(np.linalg.norm(gradient) for gradient in expected.values())
     for name, gradient in expected.items():
@@ -254,7 +332,7 @@ def _check(
             assert np.linalg.norm(gradients[name]) < 1e-6 * largest, name
         else:
             error = np.linalg.norm(gradients[name] - gradient) / np.linalg.norm(gradient)
-            assert error <= GRADIENT_TOLERANCE, f"{name}: {error:.1e}"
+            assert error <= tolerance, f"{name}: {error:.1e}"
 
 
 def test_drop_path_is_on_in_the_grid(references: dict[int, Any], monkeypatch: pytest.MonkeyPatch) -> None:

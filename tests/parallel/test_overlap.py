@@ -15,8 +15,8 @@ from lcl_megatron.config import OptimizerConfig, ParallelConfig
 from lcl_megatron.data.batch import StepBatch
 from lcl_megatron.parallel import engine as engines
 from lcl_megatron.parallel.agreement import agree
+from lcl_megatron.training.objective import Objective
 from lcl_megatron.training.optimizer import build_optimizer, build_scheduler
-from lcl_megatron.training.step import Objective
 from tests.batches import layout_of, make_rows
 from tests.distributed import run_distributed
 from tests.parallel.test_layouts import CONFIG, ROWS

@@ -17,9 +17,9 @@ from lcl_megatron.config import RunConfig
 from lcl_megatron.data.batch import PackedBatch, StepBatch
 from lcl_megatron.parallel.agreement import agree
 from lcl_megatron.training.loop import train
+from lcl_megatron.training.objective import Objective
 from lcl_megatron.training.run import Run
 from lcl_megatron.training.setup import run_from
-from lcl_megatron.training.step import Objective
 from tests.training.small_runs import DataFolder, memory_document, read_reports, small_config
 
 DOCUMENTS = 16

@@ -18,9 +18,10 @@ from torch.nn import functional as F
 from lcl_megatron.config import LossConfig
 from lcl_megatron.data.batch import StepBatch
 from lcl_megatron.parallel.agreement import agree
+from lcl_megatron.training.objective import Objective
 from lcl_megatron.training.run import Run
 from lcl_megatron.training.setup import run_from
-from lcl_megatron.training.step import Objective, train_step
+from lcl_megatron.training.step import train_step
 from tests.training.small_runs import DataFolder, plain_document, small_config
 
 
