@@ -79,7 +79,7 @@ class LCLModel(MegatronModule):
             )
         self.register_parameter("logit_scale", None)
         if stage.has(HEADS):
-            # One entry and not a scalar, so that weight decay's rule for 1-D parameters spares it; never of low precision.
+            # One entry and not a scalar, so that weight decay's rule for 1-D parameters spares it; at least float32.
             dtype = torch.promote_types(runtime.params_dtype, torch.float32)
             self.logit_scale = nn.Parameter(torch.empty(1, dtype=dtype))
         mark_split_weights(self)
