@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lcl_megatron.config import OptimizerConfig, ParallelConfig
+from lcl_megatron.config import LossConfig, OptimizerConfig, ParallelConfig
 from lcl_megatron.data.batch import StepBatch
 from lcl_megatron.parallel import engine as engines
 from lcl_megatron.parallel.agreement import agree
-from lcl_megatron.training.objective import Objective
+from lcl_megatron.training.objective import losses_and_gradients
 from lcl_megatron.training.optimizer import build_optimizer, build_scheduler
 from tests.batches import layout_of, make_rows
 from tests.distributed import run_distributed
@@ -24,10 +24,13 @@ from tests.parallel.test_layouts import CONFIG, ROWS
 PLAIN = ParallelConfig(use_distributed_optimizer=False, overlap_grad_reduce=False)
 
 
-def _train(rank: int, world_size: int, parallel: ParallelConfig, tied: bool) -> dict[str, np.ndarray]:
+def _train(
+    rank: int, world_size: int, parallel: ParallelConfig, tied: bool, loss: LossConfig = CONFIG.loss
+) -> dict[str, np.ndarray]:
     """Return the parameters of this rank after three steps."""
     config = dataclasses.replace(
         CONFIG,
+        loss=loss,
         parallel=parallel,
         language=dataclasses.replace(CONFIG.language, tie_embeddings=tied),
         # Usual Adam makes a step of full length out of the rounding noise of a zero gradient (a key bias has none);
@@ -46,7 +49,7 @@ def _train(rank: int, world_size: int, parallel: ParallelConfig, tied: bool) -> 
         agreed = agree(batch, groups)
         engine.ddp.zero_grad_buffer()
         optimizer.zero_grad()
-        engine.forward_backward(agreed.micro_batches, Objective(config.loss, agreed, groups), step)
+        losses_and_gradients(engine, agreed)
         scheduler.step(1)
         optimizer.step()
         engine.model.clamp_logit_scale()
@@ -74,6 +77,20 @@ def test_overlap_trains_the_same_weights(parallel: ParallelConfig, tied: bool) -
     world_size = 2 * parallel.pipeline_model_parallel_size
     expected: list[Any] = run_distributed(_train, world_size, plain, tied)
     found: list[Any] = run_distributed(_train, world_size, parallel, tied)
+    _compare(found, expected)
+
+
+@pytest.mark.parametrize("keep_graphs", [False, True], ids=["two passes", "graphs kept"])
+def test_overlap_with_global_scope(keep_graphs: bool) -> None:
+    """The first of the two passes finds parameters still on their way; the last gradient starts the reduction."""
+    loss = dataclasses.replace(CONFIG.loss, contrastive_scope="global", contrastive_keep_graphs=keep_graphs)
+    expected: list[Any] = run_distributed(
+        _train, 2, PLAIN, True, dataclasses.replace(loss, contrastive_keep_graphs=False)
+    )
+    _compare(run_distributed(_train, 2, ParallelConfig(overlap_param_gather=True), True, loss), expected)
+
+
+def _compare(found: list[Any], expected: list[Any]) -> None:
     for rank, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
