@@ -48,7 +48,7 @@ class VisionConfig:
     recompute_granularity: RecomputeGranularity = "none"
     """Activations that the backward pass computes again instead of keeping them: ``none``; ``selective`` = outputs of
     LayerNorm and of the MLP activation, a third of a layer's memory for next to no time; ``full`` = all of a layer
-    but its input, for one more forward pass. Gradients are the same, bit for bit."""
+    but its input, for one more forward pass. Gradients do not change."""
     recompute_num_layers: int = 0
     """Layers of each pipeline stage that ``full`` recomputes, from the stage's first; 0 = all."""
 
@@ -125,7 +125,7 @@ class LanguageConfig:
     recompute_granularity: RecomputeGranularity = "none"
     """Activations that the backward pass computes again instead of keeping them: ``none``; ``selective`` = outputs of
     LayerNorm and, for GELU, of the MLP activation (what ReLU keeps is needed by the next product too); ``full`` = all
-    of a layer but its input, for one more forward pass. Gradients are the same, bit for bit."""
+    of a layer but its input, for one more forward pass. Gradients do not change."""
     recompute_num_layers: int = 0
     """Layers of each pipeline stage that ``full`` recomputes, from the stage's first; 0 = all."""
 
