@@ -12,7 +12,9 @@ What one layer of width C keeps per token, in units of C (measured by ``benchmar
 | input of the MLP activation | 4 | 0 | a matrix product |
 | **output of the MLP activation** | 4 | 4 | one pass over memory; for ReLU there is nothing to make it from |
 
-``selective`` drops what one pass over memory brings back, in bold: 6 of 18 for a ViT, 2 of 12 for an OPT.
+``selective`` drops what one pass over memory brings back, in bold: 6 of 18 for a ViT, 2 of 12 for an OPT (13 on a
+CPU, where documents attend one by one and their outputs are kept alone and side by side). The products' inputs are
+worth less per byte: 2 C operations for every value.
 megatron-core's usual choice, core attention, would gain nothing: no attention used here keeps its scores, its inputs
 are kept in either case, and its output is the next product's input.
 

@@ -146,6 +146,7 @@ class VisionTower(MegatronModule):
         if drop_path is None:
             return None
         if self.vision.drop_path_mode == "subset":
+            assert self.edge.multiple == 1, "whole images cannot be taken from a part of the sequence; see validate.py"
             images_M = drop_path.subset(image_keys, layer, branch)
             if images_M is None:
                 return None

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lcl_megatron.config import VisionConfig
 from lcl_megatron.config.image import BLANK_PIXEL, CLIP_MEAN, CLIP_STD
 from lcl_megatron.model.drop_path import DropPath
+from lcl_megatron.model.sequence_edge import WholeSequence
 from lcl_megatron.model.specs import Runtime
 from lcl_megatron.model.vision import VisionTower, normalize_images
 from tests.model import plain
@@ -118,6 +119,17 @@ def test_a_subset_runs_the_plain_layers_on_the_kept_images_only(
     )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     _assert_same_gradients(tower, found, expected, torch.randn(expected.shape, generator=generator))
+
+
+def test_a_subset_of_a_part_of_the_sequence_is_refused(runtime: Runtime) -> None:
+    class HalfSequence(WholeSequence):
+        multiple = 2
+
+    tower = _tower(
+        dataclasses.replace(VISION, drop_path_mode="subset"), dataclasses.replace(runtime, edge=HalfSequence())
+    )
+    with pytest.raises(AssertionError, match="whole images cannot be taken from a part of the sequence"):
+        tower.encode(torch.zeros(30, 1, 24), torch.arange(6), DropPath(0.6, 3, seed=1, step=4))
 
 
 def test_two_passes_of_a_step_drop_the_same_subset_and_two_steps_do_not(
