@@ -109,6 +109,19 @@ BENCHMARKS = (
             "rss_above_idle_mb": "memory above idle, MB",
         },
     ),
+    Benchmark(
+        "activations",
+        {
+            "vision_mask_none_mib": "ViT-B/16, bf16: kept for the backward pass, MiB per image",
+            "vision_mask_selective_mib": "with recompute_granularity selective",
+            "vision_mask_full_mib": "with full",
+            "vision_subset_none_mib": "with drop_path_mode subset, 8 images, rate 0.2",
+            "vision_subset_none_flops": "its operations, of those of mask",
+            "language_none_mib": "OPT-125M, bf16: MiB per row of 2,048 tokens",
+            "language_selective_mib": "with recompute_granularity selective",
+            "language_full_mib": "with full",
+        },
+    ),
     Benchmark("preprocess_kills", {"kills": "kills", "corpora": "corpora", "identical": "of them identical"}),
 )
 

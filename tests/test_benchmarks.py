@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from lcl_megatron.config.sources import load_run_config
 from lcl_megatron.data.storage.corpus import Corpus
 
 ROOT = Path(__file__).parents[1]
@@ -141,6 +142,22 @@ def test_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert np.array_equal(np.diff(corpus.text_tokens_before(np.arange(1000))), corpus.segment_lengths[:999])
     owner = np.repeat(np.arange(30_000), np.diff(corpus.document_images))
     assert (corpus.image_segment < np.diff(corpus.document_segments)[owner]).all()
+
+
+def test_activations(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--preset", "tiny", "--precision", "fp32", "--images", "10", "--drop-path-rate", "0.5"]
+    lines, report = run("activations.py", arguments, monkeypatch, capsys)
+    assert len(lines) == 10
+    for tower in ("vision_mask", "vision_subset", "language"):
+        sizes = [report[f"{tower}_{granularity}_mib"] for granularity in ("none", "selective", "full")]
+        assert sizes == sorted(sizes, reverse=True)
+        assert report[f"{tower}_selective_flops"] == report[f"{tower}_none_flops"]
+        assert report[f"{tower}_full_flops"] > 1.3 * report[f"{tower}_none_flops"]
+    # Of ten images, each layer of the vision tower computes round(10 x (1 - rate)).
+    layers = load_run_config(["--preset", "tiny"]).vision.num_layers
+    kept = sum(int(10 * (1 - 0.5 * layer / (layers - 1)) + 0.5) for layer in range(layers)) / (10 * layers)
+    assert report["vision_subset_none_flops"] == pytest.approx(kept)
+    assert report["vision_subset_none_mib"] == pytest.approx(kept * report["vision_mask_none_mib"], rel=0.01)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the benchmark itself would run")

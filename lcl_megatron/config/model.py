@@ -11,6 +11,9 @@ from typing import Literal
 
 from lcl_megatron.config.errors import ConfigError, require, require_positive
 
+RecomputeGranularity = Literal["none", "selective", "full"]
+"""Values of ``vision.recompute_granularity`` and ``language.recompute_granularity``."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
@@ -34,10 +37,20 @@ class VisionConfig:
     """Initial value of LayerScale on both residual branches; None = no LayerScale (official recipe)."""
     drop_path_rate: float = 0.2
     """Stochastic depth of the last layer; rises linearly from 0 at the first layer. 0 = off."""
+    drop_path_mode: Literal["mask", "subset"] = "mask"
+    """How branches are dropped: ``mask`` = computed and multiplied by 0, each image for itself, whatever the layout;
+    ``subset`` = computed for the kept images only (DINOv2), round((1 - rate) x images) of a micro-batch: less time and
+    memory, but what is dropped depends on which images share a micro-batch. Not with ``sequence_parallel``."""
     layernorm_epsilon: float = 1e-5
     """Epsilon of every LayerNorm of the tower."""
     activation: Literal["gelu", "quick_gelu"] = "gelu"
     """MLP activation: erf-GELU, or x * sigmoid(1.702 x), with which OpenAI's CLIP weights were trained."""
+    recompute_granularity: RecomputeGranularity = "none"
+    """Activations that the backward pass computes again instead of keeping them: ``none``; ``selective`` = outputs of
+    LayerNorm and of the MLP activation, a third of a layer's memory for next to no time; ``full`` = all of a layer
+    but its input, for one more forward pass. Gradients do not change."""
+    recompute_num_layers: int = 0
+    """Layers of each pipeline stage that ``full`` recomputes, from the stage's first; 0 = all."""
 
     def __post_init__(self) -> None:
         require(
@@ -55,6 +68,7 @@ class VisionConfig:
             0.0 <= self.drop_path_rate < 1.0,
             f"vision.drop_path_rate = {self.drop_path_rate} is outside [0, 1); it is the share of dropped branches",
         )
+        _check_recompute(self, "vision")
         require(
             self.layer_scale_init is None or self.layer_scale_init > 0,
             f"vision.layer_scale_init = {self.layer_scale_init}; give a positive number, or None for no LayerScale",
@@ -108,6 +122,12 @@ class LanguageConfig:
     """Epsilon of every LayerNorm of the language model."""
     make_vocab_size_divisible_by: int = 128
     """Rows of the embedding are padded to a multiple of this; padded ids are never predicted."""
+    recompute_granularity: RecomputeGranularity = "none"
+    """Activations that the backward pass computes again instead of keeping them: ``none``; ``selective`` = outputs of
+    LayerNorm and, for GELU, of the MLP activation (what ReLU keeps is needed by the next product too); ``full`` = all
+    of a layer but its input, for one more forward pass. Gradients do not change."""
+    recompute_num_layers: int = 0
+    """Layers of each pipeline stage that ``full`` recomputes, from the stage's first; 0 = all."""
 
     def __post_init__(self) -> None:
         require_positive(
@@ -129,6 +149,7 @@ class LanguageConfig:
             f"language.hidden_size = {self.hidden_size} is not a multiple of "
             f"language.num_attention_heads = {self.num_attention_heads}",
         )
+        _check_recompute(self, "language")
 
     @property
     def padded_vocab_size(self) -> int:
@@ -137,6 +158,19 @@ class LanguageConfig:
             raise ConfigError("language.vocab_size is not set; open the corpus first or give --language.vocab-size")
         step = self.make_vocab_size_divisible_by
         return (self.vocab_size + step - 1) // step * step
+
+
+def _check_recompute(tower: VisionConfig | LanguageConfig, section: str) -> None:
+    granularity, layers = tower.recompute_granularity, tower.recompute_num_layers
+    require(
+        0 <= layers <= tower.num_layers,
+        f"{section}.recompute_num_layers = {layers}; give 1 to {section}.num_layers = {tower.num_layers}, or 0 for all",
+    )
+    require(
+        layers == 0 or granularity == "full",
+        f"{section}.recompute_num_layers = {layers} with {section}.recompute_granularity = {granularity!r}: only "
+        f"'full' counts layers; set --{section}.recompute-granularity full, or leave the number out",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

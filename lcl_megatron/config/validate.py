@@ -23,6 +23,7 @@ def validate(config: RunConfig, world_size: int) -> None:
     _check_layout(config, world_size)
     _check_batch(config, data_parallel_size(config, world_size))
     _check_tensor_parallel(config)
+    _check_drop_path(config)
     _check_pipeline(config)
     _check_sequence(config)
     _check_schedule(config)
@@ -39,10 +40,15 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
 def architecture(config: RunConfig) -> dict[str, Any]:
     """Return what a checkpoint's weights fix, by ``section.field``: a run may only load weights that agree in all.
 
-    Left out is what changes training but neither the weights' shapes nor the function they compute, such as drop-path.
+    Left out is what changes training but neither the weights' shapes nor the function they compute: drop-path, and
+    what is recomputed.
     """
     vision, language = dataclasses.asdict(config.vision), dataclasses.asdict(config.language)
-    del vision["drop_path_rate"]
+    for name in ("drop_path_rate", "drop_path_mode"):
+        del vision[name]
+    for tower in (vision, language):
+        for name in ("recompute_granularity", "recompute_num_layers"):
+            del tower[name]
     # The initial value of LayerScale is gone after the first step; whether it exists is not.
     vision["layer_scale"] = vision.pop("layer_scale_init") is not None
     fields = {f"vision.{name}": value for name, value in vision.items()}
@@ -115,6 +121,15 @@ def _check_tensor_parallel(config: RunConfig) -> None:
         f"micro_batch_size x seq_length = {config.training.micro_batch_size} x {config.data.seq_length} = {positions} "
         f"positions cannot be split over parallel.tensor_model_parallel_size = {tp} ranks, as "
         f"parallel.sequence_parallel does; set --seq-length to a multiple of {tp}, or --no-sequence-parallel",
+    )
+
+
+def _check_drop_path(config: RunConfig) -> None:
+    vision = config.vision
+    require(
+        vision.drop_path_mode == "mask" or vision.drop_path_rate == 0 or not config.parallel.sequence_parallel,
+        "vision.drop_path_mode = 'subset' with parallel.sequence_parallel: kept images would leave tensor-parallel "
+        "ranks with unequal parts of the sequence; set --vision.drop-path-mode mask, or --no-sequence-parallel",
     )
 
 

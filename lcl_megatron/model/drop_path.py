@@ -1,16 +1,27 @@
 """Stochastic depth without random-number state.
 
-Whether an image skips a residual branch is a hash of (seed, step, image key, layer, branch). So the decision is the
-same in a recomputed forward pass, on every tensor-parallel rank, and in every parallel layout; and there is no
-generator to save. Reference: Huang et al., "Deep Networks with Stochastic Depth" (arXiv:1603.09382).
+Every image has a number for every (seed, step, layer, branch): a hash of these and of the image's key. There is no
+generator to save, and a recomputed forward pass and every tensor-parallel rank get the same numbers.
+
+- ``mask``: an image skips a branch if its number is below the layer's rate. The decision is the image's own, and so
+  the same in every parallel layout. Reference: Huang et al., "Deep Networks with Stochastic Depth" (arXiv:1603.09382).
+- ``subset``: of the N images of a micro-batch, those with the M = round((1 - rate) N) largest numbers keep a branch,
+  which is computed for them alone. Every image is kept with probability M / N and scaled by N / M, so that the mean is
+  that of no drop-path. M depends on N only: shapes are known without waiting for the device. But which images are
+  kept depends on the others of the micro-batch: another micro-batch size or number of data-parallel ranks trains a
+  little differently, as another seed would. With few images M is coarse: below N = 1 / (2 rate) nothing is dropped.
+  Reference: Oquab et al., "DINOv2" (arXiv:2304.07193), section 5.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from lcl_megatron.config import VisionConfig
 
 _MASK_64 = (1 << 64) - 1
 
@@ -33,20 +44,37 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def keyed_uniform(keys: Tensor, *context: int) -> Tensor:
-    """Return a uniform number in [0, 1) per key, a pure function of the key and the context.
+def keyed_hash(keys: Tensor, *context: int) -> Tensor:
+    """Return 64 random bits per key, a pure function of the key and the context.
 
     Args:
         keys: (N,) int64.
         context: integers that name the decision, e.g. seed, step and layer.
 
     Returns:
-        (N,) float32 on the device of ``keys``.
+        (N,) int64 on the device of ``keys``.
     """
     x = keys
     for value in context:
         x = _mix(x + _signed((value + 1) * 0x9E3779B97F4A7C15))
-    return _shift_right(x, 40).to(torch.float32) / float(1 << 24)
+    return x
+
+
+def keyed_uniform(keys: Tensor, *context: int) -> Tensor:
+    """Return a uniform number in [0, 1) per key, (N,) float32: the upper 24 bits of ``keyed_hash``."""
+    return _shift_right(keyed_hash(keys, *context), 40).to(torch.float32) / float(1 << 24)
+
+
+def layer_rate(rate: float, layer: int, num_layers: int) -> float:
+    """Return the drop rate of a layer: rises linearly from 0 at the first layer to ``rate`` at the last."""
+    return rate * layer / max(1, num_layers - 1)
+
+
+def computed_share(vision: VisionConfig, layer: int) -> float:
+    """Return the share of images for which a layer's branches are computed in training; 1 in mode ``mask``."""
+    if vision.drop_path_mode == "mask":
+        return 1.0
+    return 1.0 - layer_rate(vision.drop_path_rate, layer, vision.num_layers)
 
 
 @dataclass(frozen=True)
@@ -73,8 +101,30 @@ class DropPath:
         Returns:
             (N,) float32, or None when the layer's rate is 0.
         """
-        rate = self.rate * layer / max(1, self.num_layers - 1)
+        rate = layer_rate(self.rate, layer, self.num_layers)
         if rate == 0.0:
             return None
         kept = keyed_uniform(image_keys, self.seed, self.step, 2 * layer + branch) >= rate
         return kept.to(torch.float32) / (1.0 - rate)
+
+    def num_kept(self, num_images: int, layer: int) -> int:
+        """Return M, how many of N images keep a branch of a layer in mode ``subset``; at least 1."""
+        return max(1, math.floor((1.0 - layer_rate(self.rate, layer, self.num_layers)) * num_images + 0.5))
+
+    def subset(self, image_keys: Tensor, layer: int, branch: int) -> Tensor | None:
+        """Return which images of a micro-batch keep a residual branch.
+
+        Args:
+            image_keys: (N,) int64. The choice depends on the keys, not on their order, unless two are equal.
+            layer: layer index from 0.
+            branch: 0 = attention, 1 = MLP.
+
+        Returns:
+            (M,) int64 places in ``image_keys``, ascending; None when all are kept.
+        """
+        num_kept = self.num_kept(image_keys.shape[0], layer)
+        if num_kept == image_keys.shape[0]:
+            return None
+        # One bit fewer, so that signed integers are in the order of ``keyed_uniform``.
+        numbers = _shift_right(keyed_hash(image_keys, self.seed, self.step, 2 * layer + branch), 1)
+        return numbers.argsort(descending=True, stable=True)[:num_kept].sort().values

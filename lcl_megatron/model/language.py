@@ -193,7 +193,7 @@ class LanguageModel(MegatronModule):
         layers = range(language.num_layers) if layers is None else layers
         self.embedding = TokenEmbedding(language, runtime) if has_embedding else None
         spec = language_layer_spec(language, runtime)
-        self.layers = LayerStack(self.config, spec, layers, runtime.collection)
+        self.layers = LayerStack(self.config, spec, layers, runtime.collection, language)
         self.heads = LanguageHeads(language, runtime, heads_chunk_size) if heads_chunk_size else None
         self.output_projection = None
         if self.heads is not None and not (language.tie_embeddings and has_embedding):

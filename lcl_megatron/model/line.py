@@ -11,6 +11,7 @@ import itertools
 from dataclasses import dataclass
 
 from lcl_megatron.config import ConfigError, LanguageConfig, RunConfig, VisionConfig
+from lcl_megatron.model.drop_path import computed_share
 
 VISION_EMBED, POOL, LANGUAGE_EMBED, HEADS = "vision.embed", "pool", "language.embed", "heads"
 
@@ -98,7 +99,10 @@ def cut_line(config: RunConfig) -> tuple[Stage, ...]:
 
 
 def _piece_flops(piece: str, config: RunConfig) -> float:
-    """Return forward FLOPs of a piece for one row of which half is image latents."""
+    """Return FLOPs of a piece for one row of which half is image latents, in units in which a forward pass counts once.
+
+    A training step is three forward passes, and four where the whole piece is recomputed.
+    """
     vision, language, row = config.vision, config.language, config.data.seq_length
     tokens = row / (2 * vision.num_patches) * vision.num_tokens
     c, h = vision.hidden_size, language.hidden_size
@@ -111,8 +115,15 @@ def _piece_flops(piece: str, config: RunConfig) -> float:
     if piece == HEADS:
         return row / 2 * 2 * h * language.padded_vocab_size
     if piece.startswith("vision."):
+        tokens *= computed_share(vision, int(piece.removeprefix("vision."))) * _recompute_factor(vision)
         return tokens * (8 * c * c + 4 * c * vision.ffn_hidden_size + 4 * c * vision.num_tokens)
-    return row * (8 * h * h + 4 * h * language.ffn_hidden_size + 2 * h * row)
+    return _recompute_factor(language) * row * (8 * h * h + 4 * h * language.ffn_hidden_size + 2 * h * row)
+
+
+def _recompute_factor(tower: VisionConfig | LanguageConfig) -> float:
+    # Which of a stage's layers are recomputed is known only once the line is cut: a share counts as that share of each.
+    share = (tower.recompute_num_layers or tower.num_layers) / tower.num_layers
+    return 1 + share / 3 if tower.recompute_granularity == "full" else 1.0
 
 
 def _balanced_starts(costs: list[float], num_stages: int) -> list[int]:

@@ -157,7 +157,9 @@ def vision_layer_spec(vision: VisionConfig, runtime: Runtime) -> ModuleSpec:
         module=ResidualBranch,
         params={"config": vision_transformer_config(vision, runtime), "layer_scale_init": vision.layer_scale_init},
     )
-    return ModuleSpec(module=VisionLayer, submodules=_layer_submodules(runtime, AttnMaskType.no_mask, branch))
+    selective = vision.recompute_granularity == "selective"
+    submodules = _layer_submodules(runtime, AttnMaskType.no_mask, branch, selective)
+    return ModuleSpec(module=VisionLayer, submodules=submodules)
 
 
 def language_layer_spec(language: LanguageConfig, runtime: Runtime) -> ModuleSpec:
@@ -166,19 +168,24 @@ def language_layer_spec(language: LanguageConfig, runtime: Runtime) -> ModuleSpe
         module=ResidualBranch,
         params={"config": language_transformer_config(language, runtime), "layer_scale_init": None},
     )
-    return ModuleSpec(module=TransformerLayer, submodules=_layer_submodules(runtime, AttnMaskType.causal, branch))
+    selective = language.recompute_granularity == "selective"
+    submodules = _layer_submodules(runtime, AttnMaskType.causal, branch, selective)
+    return ModuleSpec(module=TransformerLayer, submodules=submodules)
 
 
-def _layer_submodules(runtime: Runtime, mask: AttnMaskType, branch: ModuleSpec) -> TransformerLayerSubmodules:
+def _layer_submodules(
+    runtime: Runtime, mask: AttnMaskType, branch: ModuleSpec, selective: bool
+) -> TransformerLayerSubmodules:
     if runtime.transformer_impl == "transformer_engine":
         from megatron.core.extensions import transformer_engine as te
 
-        column, row, norm, core = (
-            te.TELayerNormColumnParallelLinear,
-            te.TERowParallelLinear,
-            IdentityOp,
-            te.TEDotProductAttention,
+        # A fused LayerNorm keeps its output; what ``recompute_selectively`` shall drop must be a module of its own.
+        column, norm = (
+            (te.TEColumnParallelLinear, SequenceParallelLayerNorm)
+            if selective
+            else (te.TELayerNormColumnParallelLinear, IdentityOp)
         )
+        row, core = te.TERowParallelLinear, te.TEDotProductAttention
     else:
         column, row, norm, core = (
             ColumnParallelLinear,

@@ -19,6 +19,7 @@ from lcl_megatron.model.attention import PackedSequences
 from lcl_megatron.model.drop_path import DropPath
 from lcl_megatron.model.layers import LayerStack
 from lcl_megatron.model.parts import present
+from lcl_megatron.model.residual import Drop, KeptImages
 from lcl_megatron.model.specs import Runtime, vision_layer_spec, vision_transformer_config
 
 
@@ -87,7 +88,7 @@ class VisionTower(MegatronModule):
         layers = range(vision.num_layers) if layers is None else layers
         self.embedding = PatchEmbedding(vision, runtime) if has_embedding else None
         spec = vision_layer_spec(vision, runtime)
-        self.layers = LayerStack(self.config, spec, layers, runtime.collection)
+        self.layers = LayerStack(self.config, spec, layers, runtime.collection, vision)
         self.final_layernorm = None
         if has_final_layernorm:
             self.final_layernorm = nn.LayerNorm(
@@ -119,8 +120,8 @@ class VisionTower(MegatronModule):
         num_images = image_keys.shape[0]
         sequences = self._sequences(num_images, image_keys.device)
         for index, layer in self.layers.items():
-            keep = tuple(self._keep(drop_path, image_keys, index, branch) for branch in (0, 1))
-            patches_T1C, _ = layer(patches_T1C, attention_mask=None, keep=keep, packed_seq_params=sequences)
+            drop = tuple(self._drop(drop_path, image_keys, index, branch) for branch in (0, 1))
+            patches_T1C, _ = layer(patches_T1C, attention_mask=None, drop=drop, packed_seq_params=sequences)
         return patches_T1C
 
     def finish(self, patches_T1C: Tensor, num_images: int) -> Tensor:
@@ -141,8 +142,17 @@ class VisionTower(MegatronModule):
             borders = F.pad(borders, (0, 1), value=rows)
         return PackedSequences.of(borders, tokens, row_length=tokens, one_per_row=True)
 
-    def _keep(self, drop_path: DropPath | None, image_keys: Tensor, layer: int, branch: int) -> Tensor | None:
-        keep_N = None if drop_path is None else drop_path.keep(image_keys, layer, branch)
+    def _drop(self, drop_path: DropPath | None, image_keys: Tensor, layer: int, branch: int) -> Drop:
+        if drop_path is None:
+            return None
+        if self.vision.drop_path_mode == "subset":
+            assert self.edge.multiple == 1, "whole images cannot be taken from a part of the sequence; see validate.py"
+            images_M = drop_path.subset(image_keys, layer, branch)
+            if images_M is None:
+                return None
+            sequences = self._sequences(images_M.shape[0], image_keys.device)
+            return KeptImages(images_M, image_keys.shape[0], sequences)
+        keep_N = drop_path.keep(image_keys, layer, branch)
         if keep_N is None:
             return None
         keep_T = keep_N.repeat_interleave(self.vision.num_tokens)

@@ -7,6 +7,8 @@
 - causal attention at one half, within each document; the vision tower's attention in full, class token included;
 - language-model head on text targets only, over the real vocabulary, not its padded rows;
 - backward = 2 x forward, for every product;
+- nothing for residual branches that drop-path leaves out (``vision.drop_path_mode = subset``), on average; those that
+  it multiplies by 0 count;
 - nothing for recomputed activations, and nothing for the similarity matrix of the contrastive loss (below 0.1% of a
   ViT-L/14 step at a global batch of 65,536 images).
 
@@ -22,6 +24,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from lcl_megatron.config.errors import require
+from lcl_megatron.model.drop_path import computed_share
 
 if TYPE_CHECKING:
     from lcl_megatron.config import LanguageConfig, RunConfig, VisionConfig
@@ -72,12 +75,13 @@ def _flops(config: RunConfig, num_images: int, lengths: tuple[float, float], num
 
 
 def vision_forward_flops(vision: VisionConfig) -> float:
-    """Return the forward FLOPs of the vision tower on one image."""
+    """Return the forward FLOPs of the vision tower on one image, in training on average."""
     tokens, width = vision.num_tokens, vision.hidden_size
     patch_embedding = 2 * vision.num_patches * width * 3 * vision.patch_size**2
     linear = 2 * tokens * (4 * width**2 + 2 * width * vision.ffn_hidden_size)
     attention = 4 * tokens**2 * width
-    return float(patch_embedding + vision.num_layers * (linear + attention))
+    layers = sum(computed_share(vision, layer) for layer in range(vision.num_layers))
+    return float(patch_embedding + layers * (linear + attention))
 
 
 def pool_forward_flops(config: RunConfig) -> float:

@@ -162,6 +162,17 @@ def test_config_at_the_border_is_valid(fields: dict[str, Any]) -> None:
     validate(config, config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size)
 
 
+def test_subset_drop_path_is_refused_where_the_sequence_is_split() -> None:
+    split = {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": True}
+    subset = {"vision__drop_path_mode": "subset"}
+    with pytest.raises(ConfigError) as raised:
+        validate(change(RunConfig(), **split, **subset), 2)
+    for part in ("vision.drop_path_mode = 'subset'", "--vision.drop-path-mode mask", "--no-sequence-parallel"):
+        assert part in str(raised.value)
+    validate(change(RunConfig(), **split, **subset, vision__drop_path_rate=0.0), 2)
+    validate(change(RunConfig(), **subset, parallel__tensor_model_parallel_size=2), 2)
+
+
 def test_batch_arithmetic() -> None:
     config = change(
         RunConfig(),
@@ -181,6 +192,18 @@ def test_batch_arithmetic() -> None:
         (VisionConfig, {"num_attention_heads": 5}, "vision.hidden_size = 768 is not a multiple"),
         (VisionConfig, {"drop_path_rate": 1.0}, "vision.drop_path_rate = 1.0 is outside [0, 1)"),
         (VisionConfig, {"layer_scale_init": 0.0}, "vision.layer_scale_init = 0.0; give a positive number, or None"),
+        (
+            VisionConfig,
+            {"recompute_granularity": "full", "recompute_num_layers": 13},
+            "vision.recompute_num_layers = 13; give 1 to vision.num_layers = 12, or 0 for all",
+        ),
+        (
+            VisionConfig,
+            {"recompute_granularity": "selective", "recompute_num_layers": 2},
+            "vision.recompute_num_layers = 2 with vision.recompute_granularity = 'selective': only 'full' counts",
+        ),
+        (LanguageConfig, {"recompute_num_layers": -1}, "language.recompute_num_layers = -1; give 1 to"),
+        (LanguageConfig, {"recompute_num_layers": 1}, "set --language.recompute-granularity full"),
         (PoolConfig, {"num_attention_heads": 0}, "pool.num_attention_heads = 0; it must be at least 1"),
         (LanguageConfig, {"num_attention_heads": 7}, "language.hidden_size = 768 is not a multiple"),
         (LanguageConfig, {"vocab_size": -1}, "language.vocab_size = -1"),
@@ -243,7 +266,8 @@ def test_architecture_holds_every_model_field_but_those_that_only_steer_training
         for section in ("vision", "pool", "language")
         for field in dataclasses.fields(getattr(RunConfig(), section))
     }
-    free = {"vision.drop_path_rate", "vision.layer_scale_init"}
+    free = {"vision.drop_path_rate", "vision.drop_path_mode", "vision.layer_scale_init"}
+    free |= {f"{tower}.recompute_{what}" for tower in ("vision", "language") for what in ("granularity", "num_layers")}
     assert set(architecture(RunConfig())) == names - free | {"vision.layer_scale"}
 
 
@@ -255,6 +279,8 @@ def test_architecture_difference_names_field_and_both_values() -> None:
             vision__num_layers=24,
             vision__layer_scale_init=None,
             vision__drop_path_rate=0.5,
+            vision__drop_path_mode="subset",
+            language__recompute_granularity="full",
             optimizer__lr=1.0,
         )
     )

@@ -129,6 +129,24 @@ def test_half_precision_is_close_to_single(tiny_run: RunConfig) -> None:
     check_close(found, losses_and_gradients(tiny_config(tiny_run, "fp32", "torch")), "bf16")
 
 
+@pytest.mark.parametrize("backend", ["torch", "transformer_engine"])
+@pytest.mark.parametrize("drop_path_mode", ["mask", "subset"])
+@pytest.mark.parametrize("granularity", ["selective", "full"])
+def test_recomputation_changes_no_gradient(
+    tiny_run: RunConfig, granularity: Any, drop_path_mode: Any, backend: str
+) -> None:
+    if backend == "transformer_engine":
+        transformer_engine_or_skip()
+    keeping = tiny_config(tiny_run, "bf16", backend)
+    keeping = dataclasses.replace(keeping, vision=dataclasses.replace(keeping.vision, drop_path_mode=drop_path_mode))
+    saving = dataclasses.replace(
+        keeping,
+        vision=dataclasses.replace(keeping.vision, recompute_granularity=granularity),
+        language=dataclasses.replace(keeping.language, recompute_granularity=granularity),
+    )
+    check_close(losses_and_gradients(saving), losses_and_gradients(keeping), "bf16")
+
+
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     data = DataFolder(tmp_path / "data")

@@ -1,5 +1,5 @@
 """Stochastic depth from a hash. Oracles: golden values, the published generator, the formula in Python's
-integers; the binomial distribution; closed forms.
+integers; a sort of Python's integers; the binomial distribution; closed forms.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lcl_megatron.model.drop_path import DropPath, keyed_uniform
+from lcl_megatron.config import VisionConfig
+from lcl_megatron.model.drop_path import DropPath, computed_share, keyed_uniform
 
 MASK = (1 << 64) - 1
 KEYS = torch.arange(1, 20_001, dtype=torch.int64)
 
 
-def _mix_by_hand(key: int, *context: int) -> float:
+def _hash_by_hand(key: int, *context: int) -> int:
     """splitmix64 on Python's integers."""
     x = key & MASK
     for value in context:
@@ -23,7 +24,11 @@ def _mix_by_hand(key: int, *context: int) -> float:
         x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & MASK
         x = ((x ^ x >> 27) * 0x94D049BB133111EB) & MASK
         x ^= x >> 31
-    return (x >> 40) / (1 << 24)
+    return x
+
+
+def _mix_by_hand(key: int, *context: int) -> float:
+    return (_hash_by_hand(key, *context) >> 40) / (1 << 24)
 
 
 def test_hash_of_one_round_is_splitmix64() -> None:
@@ -91,3 +96,69 @@ def test_numbers_are_uniform() -> None:
     counts = torch.histc(numbers, 20, 0, 1)
     chi_square = float(((counts - 1000) ** 2 / 1000).sum())
     assert chi_square < 43.8  # 99.9th percentile at 19 degrees of freedom
+
+
+@pytest.mark.parametrize(("layer", "branch"), [(1, 0), (1, 1), (3, 0), (3, 1)])
+def test_a_subset_is_the_images_with_the_largest_numbers(layer: int, branch: int) -> None:
+    keys = torch.randint(-(2**62), 2**62, (50,), generator=torch.Generator().manual_seed(0))
+    path = DropPath(rate=0.5, num_layers=4, seed=6, step=8)
+    numbers = [_hash_by_hand(key, 6, 8, 2 * layer + branch) for key in keys.tolist()]
+    num_kept = {1: 42, 3: 25}[layer]  # 50 x (1 - 1/6) = 41.7, 50 x 1/2
+    expected = sorted(sorted(range(50), key=lambda place: -numbers[place])[:num_kept])
+    assert path.num_kept(50, layer) == num_kept
+    assert path.subset(keys, layer, branch).tolist() == expected
+
+
+def test_subsets_never_change() -> None:
+    """A resumed run of a later version must drop what an earlier one would have dropped."""
+    subset = DropPath(rate=0.5, num_layers=3, seed=1234, step=7).subset(torch.arange(1, 17), layer=2, branch=1)
+    assert subset.tolist() == [1, 4, 5, 8, 9, 10, 13, 14]
+
+
+def test_a_subset_depends_on_the_keys_and_not_on_their_places() -> None:
+    path = DropPath(rate=0.4, num_layers=4, seed=5, step=9)
+    keys = KEYS[:31]
+    order = torch.randperm(31, generator=torch.Generator().manual_seed(0))
+    kept = keys[path.subset(keys, 3, 1)]
+    assert torch.equal(keys[order][path.subset(keys[order], 3, 1)].sort().values, kept)
+
+
+def test_every_image_is_kept_as_often_as_its_scale_says() -> None:
+    """Over many steps, each of 5 images is in a subset of 3 in 3 steps of 5: times 5 / 3, the mean is 1."""
+    subsets = [DropPath(0.4, 2, seed=1, step=step).subset(KEYS[:5], 1, 0) for step in range(4000)]
+    shares = torch.bincount(torch.cat(subsets), minlength=5) / 4000
+    assert float((shares - 0.6).abs().max()) < 4 * (0.6 * 0.4 / 4000) ** 0.5
+
+
+def test_every_coordinate_of_a_subset_matters() -> None:
+    keys = KEYS[:400]
+
+    def subset(seed: int = 1, step: int = 2, layer: int = 3, branch: int = 0) -> set[int]:
+        return set(DropPath(0.5, layer + 1, seed, step).subset(keys, layer, branch).tolist())
+
+    subsets = [subset(), subset(seed=2), subset(step=3), subset(layer=4), subset(branch=1), subset(seed=2, step=1)]
+    for i, one in enumerate(subsets):
+        for other in subsets[:i]:
+            # Hypergeometric: mean 100, deviation 5.
+            assert abs(len(one & other) - 100) < 20
+
+
+def test_a_subset_of_all_is_none_and_one_image_is_always_kept() -> None:
+    path = DropPath(rate=0.4, num_layers=3, seed=1, step=2)
+    assert path.subset(KEYS, 0, 0) is None
+    # 0.2 x 2 = 0.4 images, and 0.4 x 1, round to none; 0.2 x 3 = 0.6 to one.
+    assert path.subset(KEYS[:2], 1, 0) is None
+    assert path.subset(KEYS[:1], 2, 0) is None
+    assert len(path.subset(KEYS[:3], 1, 0)) == 2
+    assert DropPath(rate=0.99, num_layers=2, seed=1, step=2).subset(KEYS[:1], 1, 0) is None
+    assert len(DropPath(rate=0.99, num_layers=2, seed=1, step=2).subset(KEYS[:9], 1, 0)) == 1
+
+
+def test_equal_keys_are_kept_in_the_order_of_their_places() -> None:
+    assert DropPath(0.5, 2, seed=1, step=2).subset(torch.full((40,), 7), 1, 0).tolist() == list(range(20))
+
+
+def test_share_of_computed_branches_falls_with_depth_in_subset_mode_only() -> None:
+    vision = VisionConfig(num_layers=5, drop_path_rate=0.2, drop_path_mode="subset")
+    assert [computed_share(vision, layer) for layer in range(5)] == pytest.approx([1.0, 0.95, 0.9, 0.85, 0.8])
+    assert computed_share(VisionConfig(num_layers=5, drop_path_rate=0.2), 4) == 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -117,3 +118,26 @@ def test_flops_of_the_pieces_are_twice_the_multiplications(tiny_run: RunConfig) 
     assert _piece_flops("pool", tiny_run) == 2 * tokens * (c * h + c * h + h * h)
     assert _piece_flops("heads", tiny_run) == 2 * 32 * h * 128
     assert _piece_flops("language.embed", tiny_run) == 0
+
+
+def test_pieces_that_are_recomputed_or_left_out_weigh_what_they_execute(tiny_run: RunConfig) -> None:
+    """A step is three forward passes, four with recomputation; a subset of 1 - 0.4 of the images in the last layer."""
+
+    def weighed(piece: str, **fields: Any) -> float:
+        vision, language = (
+            dataclasses.replace(tower, **{k.split("__")[1]: v for k, v in fields.items() if k.startswith(name)})
+            for name, tower in (("vision", tiny_run.vision), ("language", tiny_run.language))
+        )
+        changed = dataclasses.replace(tiny_run, vision=vision, language=language)
+        return _piece_flops(piece, changed) / _piece_flops(piece, tiny_run)
+
+    assert weighed("vision.1", vision__recompute_granularity="full") == pytest.approx(4 / 3)
+    assert weighed("language.1", vision__recompute_granularity="full") == 1
+    assert weighed("language.1", language__recompute_granularity="full") == pytest.approx(4 / 3)
+    # One layer of two.
+    fields: dict[str, Any] = {"language__recompute_granularity": "full", "language__recompute_num_layers": 1}
+    assert weighed("language.1", **fields) == pytest.approx(7 / 6)
+    assert weighed("language.1", language__recompute_granularity="selective") == 1
+    subset: dict[str, Any] = {"vision__drop_path_mode": "subset", "vision__drop_path_rate": 0.4}
+    assert weighed("vision.0", **subset) == 1
+    assert weighed("vision.1", **subset) == pytest.approx(0.6)

@@ -30,7 +30,7 @@ def test_branch_is_scaled_kept_and_added(
         branch.gamma.data.copy_(gamma)
     if with_keep:
         keep = torch.tensor([0.0, 2.0, 0.0, 1.25, 1.25, 0.0])[:, None, None]
-        branch.keep_T11 = keep
+        branch.keep = keep
     if with_bias:
         bias = torch.randn(32, generator=generator)
     output, residual = (torch.randn(6, 1, 32, generator=generator) for _ in range(2))
@@ -42,7 +42,7 @@ def test_branch_is_scaled_kept_and_added(
 
 def test_branch_keeps_the_dtype_of_the_stream(config) -> None:
     branch = ResidualBranch(dataclasses.replace(config, params_dtype=torch.bfloat16), None)
-    branch.keep_T11 = torch.full((2, 1, 1), 1 / 0.7)
+    branch.keep = torch.full((2, 1, 1), 1 / 0.7)
     x = torch.ones(2, 1, 32, dtype=torch.bfloat16)
     assert branch(True, False)((x, None), x, 0.0).dtype == torch.bfloat16
 

@@ -5,15 +5,18 @@ one image at a time) on the same parameters, forward and backward.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from lcl_megatron.config import VisionConfig
 from lcl_megatron.config.image import BLANK_PIXEL, CLIP_MEAN, CLIP_STD
 from lcl_megatron.model.drop_path import DropPath
+from lcl_megatron.model.sequence_edge import WholeSequence
 from lcl_megatron.model.specs import Runtime
 from lcl_megatron.model.vision import VisionTower, normalize_images
 from tests.model import plain
@@ -91,9 +94,71 @@ def test_drop_path_removes_the_branches_of_the_dropped_images_only(
     _assert_same_gradients(tower, found, expected, torch.randn(expected.shape, generator=generator))
 
 
-def test_evaluation_drops_nothing(runtime: Runtime, generator: torch.Generator) -> None:
+@pytest.mark.parametrize("num_images", [1, 2, 7])
+def test_a_subset_runs_the_plain_layers_on_the_kept_images_only(
+    num_images: int, runtime: Runtime, generator: torch.Generator
+) -> None:
+    """Every image on its own, its branches scaled by N / M or left out; one image, also a blank one, keeps all."""
+    vision = dataclasses.replace(VISION, drop_path_mode="subset")
+    tower = _tower(vision, runtime)
+    images, keys = torch.randn(num_images, 3, 12, 12, generator=generator), torch.arange(num_images) + 5
+    drop_path = DropPath(vision.drop_path_rate, vision.num_layers, seed=1, step=4)
+    found = tower.finish(tower.encode(tower.embed(images), keys, drop_path), num_images)
+    # Rates 0, 0.3 and 0.6.
+    num_kept = {1: [1, 1, 1], 2: [2, 1, 1], 7: [7, 5, 3]}[num_images]
+    factors = torch.ones(num_images, vision.num_layers, 2)
+    for layer, kept in enumerate(num_kept):
+        for branch in (0, 1):
+            images_M = drop_path.subset(keys, layer, branch)
+            if kept < num_images:
+                assert len(images_M) == kept
+                factors[:, layer, branch] = 0.0
+                factors[images_M, layer, branch] = num_images / kept
+    expected = torch.stack(
+        [_plain_vit(tower, image, factor.tolist()) for image, factor in zip(images, factors, strict=True)]
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    _assert_same_gradients(tower, found, expected, torch.randn(expected.shape, generator=generator))
+
+
+def test_a_subset_of_a_part_of_the_sequence_is_refused(runtime: Runtime) -> None:
+    class HalfSequence(WholeSequence):
+        multiple = 2
+
+    tower = _tower(
+        dataclasses.replace(VISION, drop_path_mode="subset"), dataclasses.replace(runtime, edge=HalfSequence())
+    )
+    with pytest.raises(AssertionError, match="whole images cannot be taken from a part of the sequence"):
+        tower.encode(torch.zeros(30, 1, 24), torch.arange(6), DropPath(0.6, 3, seed=1, step=4))
+
+
+def test_two_passes_of_a_step_drop_the_same_subset_and_two_steps_do_not(
+    runtime: Runtime, generator: torch.Generator
+) -> None:
+    tower = _tower(dataclasses.replace(VISION, drop_path_mode="subset"), runtime)
+    patches, keys = tower.embed(torch.randn(6, 3, 12, 12, generator=generator)), torch.arange(6)
+    first, again, other = (tower.encode(patches, keys, DropPath(0.6, 3, seed=1, step=step)) for step in (4, 4, 5))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_subset_multiplies_matrices_for_the_kept_images_only(runtime: Runtime, generator: torch.Generator) -> None:
+    """Forward and backward: rates 0, 0.3, 0.6 of ten images leave 10 + 7 + 4."""
+    products = {}
+    for mode in ("mask", "subset"):
+        tower = _tower(dataclasses.replace(VISION, drop_path_mode=mode), runtime)
+        patches = torch.randn(10 * VISION.num_tokens, 1, 24, generator=generator, requires_grad=True)
+        with FlopCounterMode(display=False) as counter:
+            tower.encode(patches, torch.arange(10), DropPath(0.6, 3, seed=1, step=4)).sum().backward()
+        products[mode] = counter.get_total_flops()
+    assert products["mask"] == 3 * 2 * 30 * VISION.num_tokens * (4 * 24 * 24 + 2 * 24 * 40)
+    assert products["subset"] * 30 == products["mask"] * 21
+
+
+@pytest.mark.parametrize("mode", ["mask", "subset"])
+def test_evaluation_drops_nothing(mode: Any, runtime: Runtime, generator: torch.Generator) -> None:
     images = torch.randn(2, 3, 12, 12, generator=generator)
-    tower = _tower(VISION, runtime)
+    tower = _tower(dataclasses.replace(VISION, drop_path_mode=mode), runtime)
     without = _tower(dataclasses.replace(VISION, drop_path_rate=0.0), runtime)
     assert torch.equal(tower(images), without(images))
 

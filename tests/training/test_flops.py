@@ -193,3 +193,12 @@ def test_device_peak_flops_of_unknown_devices_is_none_and_utilization_too(name: 
 
 def test_model_flops_utilization_divides_by_all_devices() -> None:
     assert model_flops_utilization(8e12, 2.0, 4, 10e12) == pytest.approx(0.1)
+
+
+def test_branches_that_a_subset_leaves_out_do_not_count() -> None:
+    """Rates 0, 0.1 ... 0.4: four layers of five; the patch embedding is not part of it."""
+    mask = VisionConfig(num_layers=5, drop_path_rate=0.4)
+    without_layers = 2 * mask.num_patches * mask.hidden_size * 3 * mask.patch_size**2
+    subset = vision_forward_flops(dataclasses.replace(mask, drop_path_mode="subset"))
+    assert subset - without_layers == pytest.approx(0.8 * (vision_forward_flops(mask) - without_layers))
+    assert vision_forward_flops(mask) == vision_forward_flops(dataclasses.replace(mask, drop_path_rate=0.0))
