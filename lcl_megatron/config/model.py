@@ -152,6 +152,12 @@ class LossConfig:
     0 = off, at no cost. Needs ``pipeline_model_parallel_size`` 1."""
     contrastive_scope: Literal["micro_batch"] = "micro_batch"
     """Which images are each other's negatives: those of one micro-batch on all data-parallel ranks."""
+    mask_same_image: bool = False
+    """Do not take pairs with the same image (equal source files) for each other's negatives. False = as in the paper:
+    all other pairs are negatives."""
+    mask_same_context: bool = False
+    """Do not take pairs with the same context (equal text and images before ``<BoI>`` in the document, or none) for
+    each other's negatives. False = as in the paper."""
     contrastive_tile_size: int = 4096
     """Columns of the similarity matrix that exist at one time, in images."""
     logit_scale_init: float = 2.6592600369327783

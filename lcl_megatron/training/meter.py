@@ -17,6 +17,7 @@ from lcl_megatron.parallel.report import sum_over_data_parallel
 from lcl_megatron.training.flops import device_peak_flops, layout_flops, model_flops_utilization
 
 if TYPE_CHECKING:
+    from lcl_megatron.parallel.contrastive import ContrastiveOutput, Repeats
     from lcl_megatron.training.run import Run
     from lcl_megatron.training.step import StepResult
 
@@ -31,8 +32,9 @@ _FEATURE_NAMES = (
     "contrast/logit_scale",
 )
 _FEATURES = len(_FEATURE_NAMES)
-_SUMS = 5
-"""Generation loss, contrastive loss, hits in both directions, latent regression."""
+_SUMS = 8
+"""Generation loss, contrastive loss, hits in both directions, latent regression, repeats of images and of contexts,
+empty contexts."""
 
 
 class Meter:
@@ -72,7 +74,9 @@ class Meter:
             contrast, regression = losses.contrast, losses.latent_regression_loss
             regression = losses.generation_loss.new_zeros(()) if regression is None else regression
             hits = [contrast.image_hits, contrast.context_hits]
-            self.sums += torch.stack([losses.generation_loss, losses.contrastive_loss, *hits, regression])
+            counts = _repeats(contrast)
+            repeats = [counts.same_image, counts.same_context, counts.empty_context]
+            self.sums += torch.stack([losses.generation_loss, losses.contrastive_loss, *hits, regression, *repeats])
 
     def report(self, bad_images: int) -> dict[str, float]:
         """Return the metrics since the last report, and start anew; collective over all ranks.
@@ -99,6 +103,9 @@ class Meter:
             "contrast/image_to_context_accuracy": totals[2] / max(1, self.pairs),
             "contrast/context_to_image_accuracy": totals[3] / max(1, self.pairs),
             "contrast/num_pairs": self.pairs / self.steps,
+            "contrast/num_same_image": totals[5] / self.steps,
+            "contrast/num_same_context": totals[6] / self.steps,
+            "contrast/num_empty_context": totals[7] / self.steps,
             "perf/images_per_s": self.images / seconds,
             "perf/tokens_per_s": self.tokens / seconds,
             "perf/step_ms": 1000 * seconds / self.steps,
@@ -134,7 +141,15 @@ class Meter:
             effective_rank(contexts),
             alignment(images, contexts),
             background_similarity(images, contexts),
-            torch.as_tensor(max(0, images.shape[0] - 1)),
+            # The mean over ranks is what the pairs of all ranks keep on average.
+            max(0, images.shape[0] - 1)
+            - _repeats(contrast).left_out * self.run.engine.groups.dp_size / max(1, images.shape[0]),
             result.losses[-1].logit_scale.exp(),
         ]
         return torch.stack([torch.as_tensor(value).to(self.sums) for value in values])
+
+
+def _repeats(contrast: ContrastiveOutput) -> Repeats:
+    """Return the counts of what occurs more than once: every batch of a run says what its slots show."""
+    assert contrast.repeats is not None
+    return contrast.repeats

@@ -18,7 +18,7 @@ from lcl_megatron.config import LossConfig
 from lcl_megatron.data.batch import StepBatch
 from lcl_megatron.model.lcl import LCLOutput
 from lcl_megatron.parallel.agreement import AgreedStep, agree
-from lcl_megatron.parallel.contrastive import ContrastiveOutput, contrastive_loss
+from lcl_megatron.parallel.contrastive import ContrastiveOutput, SlotIdentity, contrastive_loss
 from lcl_megatron.parallel.groups import ProcessGroups
 from lcl_megatron.training.run import Run
 
@@ -82,6 +82,7 @@ class Objective:
             self.agreed.pair_slots(micro_batch),
             self.groups.dp,
             self.loss.contrastive_tile_size,
+            SlotIdentity.of([self.agreed.micro_batches[micro_batch]], self.loss),
         )
         contrastive = contrast.loss_sum / max(1, self.agreed.num_pairs)
         total = self.loss.generation_loss_weight * generation + self.loss.contrastive_loss_weight * contrastive
