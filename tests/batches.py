@@ -16,7 +16,10 @@ Document = tuple[int, tuple[int, ...]]
 
 
 def make_rows(config: RunConfig, rows: Sequence[Sequence[Document]], seed: int = 0) -> list[PackedBatch]:
-    """Return one micro-batch per row; ``merge`` joins them. A row's content depends on its index and the seed only."""
+    """Return one micro-batch per row; ``merge`` joins them. A row's content depends on its index and the seed only.
+
+    Some images, and some contexts, are said to be the same; they are not.
+    """
     return [_make_row(config, documents, seed * 1000 + index) for index, documents in enumerate(rows)]
 
 
@@ -60,6 +63,8 @@ def _make_row(config: RunConfig, documents: Sequence[Document], seed: int) -> Pa
         image_ok=torch.tensor([True] * count + [False] * len(blank)),
         images=images,
         num_images=count,
+        image_hashes=(torch.arange(max(1, count)) + seed) % 5,
+        context_hashes=torch.tensor([boi % 4 for _, positions in documents for boi in positions] + blank),
     )
 
 
@@ -71,6 +76,7 @@ def merge(rows: Sequence[PackedBatch]) -> PackedBatch:
     borders = [0]
     for i, row in enumerate(rows):
         borders += (row.cu_seqlens[1:] + i * length).tolist()
+    hashes = {name: torch.cat([getattr(row, name) for _, row in imaged]) for name in ("image_hashes", "context_hashes")}
     return PackedBatch(
         tokens=torch.cat([row.tokens for row in rows]),
         labels=torch.cat([row.labels for row in rows]),
@@ -86,6 +92,7 @@ def merge(rows: Sequence[PackedBatch]) -> PackedBatch:
         image_ok=torch.cat([row.image_ok for _, row in imaged]),
         images=torch.cat([row.images for _, row in imaged]),
         num_images=count,
+        **hashes,
     )
 
 

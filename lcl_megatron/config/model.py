@@ -191,6 +191,12 @@ class LossConfig:
     contrastive_keep_graphs: bool = False
     """``global`` scope in one pass: keep the activations of all micro-batches until the loss is known, instead of the
     second forward pass. Costs their memory; needs ``pipeline_model_parallel_size`` 1."""
+    mask_same_image: bool = False
+    """Do not take pairs with the same image (equal source files) for each other's negatives. False = as in the paper:
+    all other pairs are negatives."""
+    mask_same_context: bool = False
+    """Do not take pairs with the same context (equal text and images before ``<BoI>`` in the document, or none) for
+    each other's negatives. False = as in the paper."""
     contrastive_tile_size: int = 4096
     """Columns of the similarity matrix that exist at one time, in images."""
     logit_scale_init: float = 2.6592600369327783

@@ -52,6 +52,12 @@ class PackedBatch:
     """(N, 3, size, size) uint8 RGB, or float already normalised; None on stages that hold no patch embedding."""
     num_images: int
     """Real images; N = max(1, num_images)."""
+    image_hashes: Tensor | None = None
+    """(N,) int64, not negative, equal where the images' source files are, in any corpus and epoch; 0 for a blank slot.
+    None where nothing is contrasted with other batches."""
+    context_hashes: Tensor | None = None
+    """(N,) int64, not negative, equal where what stands before ``<BoI>`` in the document is; 0 = nothing but special
+    tokens, and for a blank slot. None as ``image_hashes``."""
 
     @property
     def num_image_slots(self) -> int:

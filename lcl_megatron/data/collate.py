@@ -12,6 +12,7 @@ import torch
 
 from lcl_megatron.data.batch import PackedBatch
 from lcl_megatron.data.planning.compose import ComposedDocuments
+from lcl_megatron.data.slot_hashes import EMPTY_CONTEXT, context_hashes, image_hashes
 
 if TYPE_CHECKING:
     from lcl_megatron.data.planning.mixture import RowSequence
@@ -77,6 +78,8 @@ def collate_rows(sequence: RowSequence, rows: Sequence[PlannedRow]) -> CollatedR
     owner = np.repeat(np.arange(len(starts)), composed.num_images)
     context_slots = starts[owner] + composed.image_positions
     keys = image_key(composed.images, composed.epochs[owner])
+    files = sequence.image_file_hashes(composed.images)
+    contexts = context_hashes(tokens, position_ids, context_slots, files, special)
     is_blank = len(keys) == 0
     batch = PackedBatch(
         tokens=_rows(tokens, len(rows)),
@@ -93,6 +96,8 @@ def collate_rows(sequence: RowSequence, rows: Sequence[PlannedRow]) -> CollatedR
         image_ok=torch.full((max(1, len(keys)),), not is_blank),
         images=None,
         num_images=len(keys),
+        image_hashes=torch.from_numpy(np.zeros(1, dtype=np.int64) if is_blank else image_hashes(files)),
+        context_hashes=torch.from_numpy(np.full(1, EMPTY_CONTEXT, dtype=np.int64) if is_blank else contexts),
     )
     return CollatedRows(batch, composed.images)
 

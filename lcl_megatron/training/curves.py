@@ -71,6 +71,8 @@ PANELS = (
           scale=100, from_zero=True, guess=("contrast/num_negatives", _guessing_accuracy)),
     Panel("Logit scale", "1 / temperature", (("contrast/logit_scale", ""),)),
     Panel("Contrastive pairs", "per step", (("contrast/num_pairs", "pairs"), ("contrast/num_negatives", "negatives"))),
+    Panel("Repeats among the pairs", "per step",
+          (("contrast/num_same_image", "same image"), ("contrast/num_same_context", "same context")), from_zero=True),
     Panel("Feature spread", "standard deviation", (("features/pooled_std", ""),), from_zero=True),
     Panel("Effective rank", "dimensions",
           (("features/pooled_effective_rank", "pooled latents"),

@@ -17,6 +17,7 @@ from lcl_megatron.parallel.report import sum_over_data_parallel
 from lcl_megatron.training.flops import device_peak_flops, layout_flops, model_flops_utilization
 
 if TYPE_CHECKING:
+    from lcl_megatron.parallel.contrastive import ContrastiveOutput, Repeats
     from lcl_megatron.training.run import Run
     from lcl_megatron.training.step import StepResult
 
@@ -31,8 +32,17 @@ _FEATURE_NAMES = (
     "contrast/logit_scale",
 )
 _FEATURES = len(_FEATURE_NAMES)
-_SUMS = 5
-"""Generation loss, contrastive loss, hits in both directions, latent regression."""
+_SUM_NAMES = (
+    "generation",
+    "contrastive",
+    "latent_regression",
+    "image_hits",
+    "context_hits",
+    "same_image",
+    "same_context",
+    "empty_context",
+)
+_SUMS = len(_SUM_NAMES)
 
 
 class Meter:
@@ -71,9 +81,9 @@ class Meter:
         for losses in result.losses:
             nothing = torch.zeros_like(losses.generation_loss)
             contrast, regression = losses.contrast, losses.latent_regression_loss
-            hits = [contrast.image_hits, contrast.context_hits] if contrast else [nothing, nothing]
             errors = nothing if regression is None else regression
-            self.sums += torch.stack([losses.generation_loss, losses.contrastive_loss, *hits, errors])
+            counted = [nothing] * 5 if contrast is None else _counts(contrast)
+            self.sums += torch.stack([losses.generation_loss, losses.contrastive_loss, errors, *counted])
 
     def report(self, bad_images: int) -> dict[str, float]:
         """Return the metrics since the last report, and start anew; collective over all ranks.
@@ -90,7 +100,9 @@ class Meter:
         is_last_stage = run.engine.stage.is_last
         sums = torch.cat([self.sums, self._features(result) if is_last_stage else self.sums.new_zeros(_FEATURES)])
         totals = sum_over_data_parallel(sums, run.engine.groups, is_last_stage)
-        generation, contrastive = totals[0] / self.steps, totals[1] / self.steps
+        sums_by_name = dict(zip(_SUM_NAMES, totals, strict=False))
+        per_step = {name: value / self.steps for name, value in sums_by_name.items()}
+        generation, contrastive = per_step["generation"], per_step["contrastive"]
         weights, ranks = run.config.loss, run.engine.groups.dp_size
         metrics = {
             "loss/total": weights.generation_loss_weight * generation + weights.contrastive_loss_weight * contrastive,
@@ -98,9 +110,12 @@ class Meter:
             "loss/contrastive": contrastive,
             "optimizer/learning_rate": result.learning_rate,
             "optimizer/grad_norm": result.grad_norm,
-            "contrast/image_to_context_accuracy": totals[2] / max(1, self.pairs),
-            "contrast/context_to_image_accuracy": totals[3] / max(1, self.pairs),
+            "contrast/image_to_context_accuracy": sums_by_name["image_hits"] / max(1, self.pairs),
+            "contrast/context_to_image_accuracy": sums_by_name["context_hits"] / max(1, self.pairs),
             "contrast/num_pairs": self.pairs / self.steps,
+            "contrast/num_same_image": per_step["same_image"],
+            "contrast/num_same_context": per_step["same_context"],
+            "contrast/num_empty_context": per_step["empty_context"],
             "perf/images_per_s": self.images / seconds,
             "perf/tokens_per_s": self.tokens / seconds,
             "perf/step_ms": 1000 * seconds / self.steps,
@@ -113,7 +128,7 @@ class Meter:
         }
         metrics |= dict(zip(_FEATURE_NAMES, (value / ranks for value in totals[_SUMS:]), strict=True))
         if weights.latent_regression_loss_weight > 0:
-            metrics["loss/latent_regression"] = totals[4] / self.steps
+            metrics["loss/latent_regression"] = per_step["latent_regression"]
             metrics["loss/total"] += weights.latent_regression_loss_weight * metrics["loss/latent_regression"]
         utilization = model_flops_utilization(self.flops, seconds, run.engine.groups.world_size, self.peak_flops)
         if utilization is not None:
@@ -137,7 +152,22 @@ class Meter:
             effective_rank(contexts),
             alignment(images, contexts),
             background_similarity(images, contexts),
-            torch.as_tensor(max(0, images.shape[0] - 1)),
+            # The mean over ranks is what the pairs of all ranks keep on average.
+            max(0, images.shape[0] - 1)
+            - _repeats(contrast).left_out * self.run.engine.groups.dp_size / max(1, images.shape[0]),
             result.losses[-1].logit_scale.exp(),
         ]
         return torch.stack([torch.as_tensor(value).to(self.sums) for value in values])
+
+
+def _repeats(contrast: ContrastiveOutput) -> Repeats:
+    """Return the counts of what occurs more than once: every batch of a run says what its slots show."""
+    assert contrast.repeats is not None
+    return contrast.repeats
+
+
+def _counts(contrast: ContrastiveOutput) -> list[torch.Tensor]:
+    """Return what is counted of a contrast, in the order of ``_SUM_NAMES``."""
+    repeats = _repeats(contrast)
+    hits = [contrast.image_hits, contrast.context_hits]
+    return [*hits, repeats.same_image, repeats.same_context, repeats.empty_context]

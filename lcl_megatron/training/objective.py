@@ -31,7 +31,7 @@ from torch import Tensor
 from lcl_megatron.config import LossConfig
 from lcl_megatron.model.lcl import LCLOutput
 from lcl_megatron.parallel.agreement import AgreedStep
-from lcl_megatron.parallel.contrastive import ContrastiveOutput, contrastive_loss
+from lcl_megatron.parallel.contrastive import ContrastiveOutput, SlotIdentity, contrastive_loss
 from lcl_megatron.parallel.engine import Engine
 from lcl_megatron.parallel.groups import ProcessGroups
 
@@ -166,6 +166,7 @@ class Objective:
             self.agreed.pair_slots(micro_batches),
             self.groups.dp,
             self.loss.contrastive_tile_size,
+            SlotIdentity.of([self.agreed.micro_batches[index] for index in micro_batches], self.loss),
         )
 
     def _mean_over_pairs(self, contrast: ContrastiveOutput) -> Tensor:

@@ -113,7 +113,7 @@ def test_packed_rows_equal_documents_one_per_row(written: WrittenCorpus, rows: t
             flat = getattr(together.batch, name).reshape(-1)[begin:end]
             assert torch.equal(flat, getattr(alone.batch, name)[index, : end - begin]), name
     assert np.array_equal(together.images, alone.images)
-    for name in ("image_keys", "has_context", "image_ok"):
+    for name in ("image_keys", "has_context", "image_ok", "image_hashes", "context_hashes"):
         assert torch.equal(getattr(together.batch, name), getattr(alone.batch, name))
     assert len(together.batch.label_positions) == len(alone.batch.label_positions)
 
@@ -139,6 +139,7 @@ def test_micro_batch_without_images_has_a_blank_slot(tmp_path: Path) -> None:
     assert batch.image_slots.tolist() == []
     assert batch.context_slots.tolist() == [0]
     assert batch.image_keys.tolist() == [BLANK_KEY]
+    assert [batch.image_hashes.tolist(), batch.context_hashes.tolist()] == [[0], [0]]
     assert batch.image_ok.tolist() == [False]
     assert batch.pair_mask.tolist() == [False]
     assert len(batch.label_positions) == 3

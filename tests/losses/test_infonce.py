@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lcl_megatron.losses.false_negatives import LeftOut, find_classes
 from lcl_megatron.losses.infonce import streamed_gradient, streamed_lse
 
 SCALE = torch.tensor(14.0, dtype=torch.float64)
@@ -64,3 +65,43 @@ def test_gradient_when_slots_are_masked_equals_softmax_of_full_matrix(tile):
     torch.testing.assert_close(expected, (over_columns * similarity).sum(1), rtol=1e-12, atol=1e-14)
     assert not pull[~valid].any()
     assert not expected[~valid].any()
+
+
+# The rows are the slots from 2 on of nine; columns that share a class with a row are left out of it.
+CLASSES = find_classes(torch.tensor([1, 2, 1, 3, 2, 1, 4, 3, 1]))
+FIRST, ROWS = 2, 6
+
+
+def _left_out_matrix() -> Tensor:
+    same = CLASSES.ids_G[:, None] == CLASSES.ids_G
+    return same & ~torch.eye(9, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("tile", [1, 2, 4, 9, 64])
+def test_lse_when_columns_are_left_out_equals_full_matrix(tile):
+    rows, columns, valid = _unit(9, 0), _unit(9, 1), _mask(9, 4)
+    own = slice(FIRST, FIRST + ROWS)
+    scores = (SCALE * rows @ columns.T).masked_fill(~valid | _left_out_matrix(), -torch.inf)[own]
+    lse, best = streamed_lse(rows[own], columns, valid, SCALE, tile, LeftOut((CLASSES,), FIRST, ROWS))
+    torch.testing.assert_close(lse, scores.logsumexp(1), rtol=1e-12, atol=0)
+    assert best.tolist() == scores.argmax(1).tolist()
+
+
+@pytest.mark.parametrize("tile", [1, 2, 4, 9, 64])
+def test_gradient_when_columns_are_left_out_equals_softmax_of_full_matrix(tile):
+    rows, columns, valid = _unit(9, 0), _unit(9, 1), _mask(9, 4)
+    own = slice(FIRST, FIRST + ROWS)
+    assert 1 < valid[own].sum() < ROWS
+    similarity = rows @ columns.T
+    scores = (SCALE * similarity).masked_fill(~(valid[:, None] & valid) | _left_out_matrix(), -torch.inf)
+    over_columns, over_rows = scores.softmax(1).nan_to_num(0), scores.softmax(0).nan_to_num(0)
+    row_lse, column_lse = (scores.logsumexp(dim).masked_fill(~valid, 0.0) for dim in (1, 0))
+    pull, expected = streamed_gradient(
+        (rows[own], row_lse[own], valid[own]),
+        (columns, column_lse, valid),
+        SCALE,
+        tile,
+        LeftOut((CLASSES,), FIRST, ROWS),
+    )
+    torch.testing.assert_close(pull, ((over_columns + over_rows) @ columns)[own], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(expected, (over_columns * similarity).sum(1)[own], rtol=1e-12, atol=1e-14)

@@ -122,6 +122,15 @@ class RowSequence:
         where = corpus.image_source(own)
         return where if len(self.sources) == 1 else f"{corpus.path.name}: {where}"
 
+    def image_file_hashes(self, images: np.ndarray) -> np.ndarray:
+        """Return the hashes of images' source files, (k,) uint64, by the run's numbers, (k,) int64."""
+        owner = np.searchsorted(self.image_begins, images, side="right") - 1
+        hashes = np.zeros(len(images), dtype=np.uint64)
+        for number, source in enumerate(self.sources):
+            here = np.flatnonzero(owner == number)
+            hashes[here] = np.asarray(source.corpus.image_hash)[images[here] - self.image_begins[number]]
+        return hashes
+
     def document_source(self, row: PlannedRow, number: int) -> str:
         """Return where a document of a row comes from: ``docs_shard_7.jsonl:1312``."""
         source = self.sources[row.source]
