@@ -22,11 +22,10 @@ from lcl_megatron.evaluation.transfer.caption_sets import CaptionedSet
 from lcl_megatron.evaluation.transfer.fit import Curve, FitConfig
 from lcl_megatron.evaluation.transfer.image_sets import FolderImages, ImageSet
 from lcl_megatron.evaluation.transfer.results import MetricSummary, TaskResult, summarize, versions
-from lcl_megatron.evaluation.transfer.session import Mode, Session, digest
+from lcl_megatron.evaluation.transfer.session import FitIdentity, Mode, Session, digest, fit_name
 from lcl_megatron.evaluation.vision_language.answering import answer_prompts
 from lcl_megatron.evaluation.vision_language.assembly import Assembled, Recipe, assemble, load_model, save_model
 from lcl_megatron.evaluation.vision_language.model import Generation, Part
-from lcl_megatron.evaluation.vision_language.naming import model_name, state_file
 from lcl_megatron.evaluation.vision_language.pixels import ImageFit
 from lcl_megatron.evaluation.vision_language.sequences import PLACEHOLDER, Piece, SequenceBuilder, TokenSequence
 from lcl_megatron.evaluation.vision_language.training import train_parts
@@ -168,12 +167,12 @@ def caption(
     scores: dict[str, dict[int, Scored]] = {test.name: {} for test in tests}
     recipe = Recipe(spec, language_model, settings.connector_layers, settings.max_length, settings.image_fit)
     drop_path_rate = settings.drop_path_rate if mode == "full" else 0.0
-    trained_on = session.replicas.from_first(digest(recipe, *train.contents(), drop_path_rate, settings.prompt))
+    trained_on = digest("captioning", recipe, *train.contents(), drop_path_rate, settings.prompt)
     for seed in seeds:
         assembled = assemble(recipe, session.replicas.device, seed, drop_path_rate)
         if seed == seeds[0]:
             description = session.replicas.from_first(assembled.encoder.describe())
-        name = model_name("captioning", assembled.encoder.name, mode, seed)
+        name = f"captioning-{fit_name(assembled.encoder.name, mode, seed)}"
         texts = CaptionTexts.of(train, assembled.builder, settings.prompt)
         session.say(f"{name}: {settings.fit.steps} steps of {settings.fit.batch_size} of {len(texts):,} captions")
         curves[str(seed)] = train_parts(
@@ -183,7 +182,7 @@ def caption(
             settings.fit,
             session.replicas,
             seed=seed,
-            state_file=state_file(session.output, name, description, trained_on),
+            state_file=session.state_file(FitIdentity(description, mode, seed, trained_on)),
         )
         if settings.save_model and session.replicas.is_first:
             save_model(assembled, session.output / "models" / name)

@@ -24,7 +24,7 @@ from lcl_megatron.evaluation.transfer.heads import Classifier
 from lcl_megatron.evaluation.transfer.image_sets import PixelReader
 from lcl_megatron.evaluation.transfer.labelled_sets import LabelledSet, describe_splits
 from lcl_megatron.evaluation.transfer.results import TaskResult, versions
-from lcl_megatron.evaluation.transfer.session import Mode, Session, digest
+from lcl_megatron.evaluation.transfer.session import FitIdentity, Mode, Session, digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +164,7 @@ class _Fitted:
             self.session.replicas,
             seed=self.seed,
             pretrained=pretrained,
-            state_file=self.session.state_file(self.description, mode, self.seed, self._trained_on()),
+            state_file=self.session.state_file(FitIdentity(self.description, mode, self.seed, self._trained_on())),
         )
 
     def _trained_on(self) -> str:

@@ -30,11 +30,10 @@ from lcl_megatron.evaluation.dialogue.conversations import (
 from lcl_megatron.evaluation.transfer.fit import Curve, FitConfig
 from lcl_megatron.evaluation.transfer.image_sets import FolderImages, ImageSet
 from lcl_megatron.evaluation.transfer.results import MetricSummary, TaskResult, UnitScores, summarize, versions
-from lcl_megatron.evaluation.transfer.session import Mode, Session, digest
+from lcl_megatron.evaluation.transfer.session import FitIdentity, Mode, Session, digest, fit_name
 from lcl_megatron.evaluation.vision_language.answering import answer_prompts
 from lcl_megatron.evaluation.vision_language.assembly import Assembled, Recipe, assemble, load_model, save_model
 from lcl_megatron.evaluation.vision_language.model import Generation, Part
-from lcl_megatron.evaluation.vision_language.naming import model_name, state_file
 from lcl_megatron.evaluation.vision_language.pixels import ImageFit
 from lcl_megatron.evaluation.vision_language.sequences import SequenceBuilder, TokenSequence
 from lcl_megatron.evaluation.vision_language.training import train_parts
@@ -209,7 +208,7 @@ def converse(
             )
         parts: tuple[Part, ...] = ("connector", "language_model", *(("encoder",) if mode == "full" else ()))
         curves[str(seed)] = _train(assembled, data.tuning, "vicuna_v1", parts, settings, mode, seed, session)
-        name = model_name("dialogue", assembled.encoder.name, mode, seed)
+        name = f"dialogue-{fit_name(assembled.encoder.name, mode, seed)}"
         for run in data.benchmarks:
             scores[run.name][seed] = _ask(assembled, run, settings, session, name)
     return [
@@ -277,12 +276,12 @@ def _train(
     """Train one stage and save the model."""
     stage = "alignment" if template == "plain" else "dialogue"
     config = settings.alignment if template == "plain" else settings.tuning
-    name = model_name(stage, assembled.encoder.name, mode, seed)
+    name = f"{stage}-{fit_name(assembled.encoder.name, mode, seed)}"
     description = session.replicas.from_first(assembled.encoder.describe())
     # The connector tells what was done before: it begins as stage 1, or the model of an earlier call, has left it.
     connector = [parameter.detach().cpu().numpy().tobytes() for parameter in assembled.model.connector.parameters()]
     recipe = dataclasses.replace(assembled.recipe, encoder="")
-    trained_on = session.replicas.from_first(digest(recipe, settings.drop_path_rate, data.conversations, connector))
+    trained_on = digest(stage, recipe, settings.drop_path_rate, data.conversations, connector)
     session.say(f"{name}: {config.steps} steps of {config.batch_size} of {len(data.conversations):,} conversations")
     curve = train_parts(
         assembled,
@@ -291,7 +290,7 @@ def _train(
         config,
         session.replicas,
         seed=seed,
-        state_file=state_file(session.output, name, description, trained_on),
+        state_file=session.state_file(FitIdentity(description, mode, seed, trained_on)),
     )
     if settings.save_model and session.replicas.is_first:
         save_model(assembled, session.output / "models" / name)

@@ -40,7 +40,7 @@ from lcl_megatron.evaluation.transfer.frozen_features import open_features
 from lcl_megatron.evaluation.transfer.heads import AttentionPool
 from lcl_megatron.evaluation.transfer.image_sets import PixelReader
 from lcl_megatron.evaluation.transfer.results import TaskResult, UnitScores, summarize_units, versions
-from lcl_megatron.evaluation.transfer.session import Mode, Session, digest
+from lcl_megatron.evaluation.transfer.session import FitIdentity, Mode, Session, digest
 from lcl_megatron.evaluation.transfer.streams import TransferStream
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
@@ -259,7 +259,7 @@ class _Fitted:
             self.session.replicas,
             seed=self.seed,
             pretrained=pretrained,
-            state_file=self.session.state_file(self.description, mode, self.seed, self._trained_on()),
+            state_file=self.session.state_file(FitIdentity(self.description, mode, self.seed, self._trained_on())),
         )
 
     def _trained_on(self) -> str:

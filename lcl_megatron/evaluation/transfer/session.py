@@ -21,6 +21,30 @@ Mode = Literal["frozen", "full"]
 
 
 @dataclass(frozen=True)
+class FitIdentity:
+    """Which fit it is: no other fit of a call has all of this."""
+
+    encoder: dict[str, Any]
+    """``ImageEncoder.describe()``."""
+    mode: Mode
+    """Frozen or full."""
+    seed: int
+    """Of the fit."""
+    trained_on: str
+    """``digest`` of the task, the training data and the settings that ``fit`` does not know of."""
+
+    @property
+    def name(self) -> str:
+        """``fit_name``."""
+        return fit_name(self.encoder["name"], self.mode, self.seed)
+
+
+def fit_name(encoder: str, mode: Mode, seed: int) -> str:
+    """Return ``ENCODER-frozen-seed0``, with nothing in it that a file name cannot hold."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", f"{encoder[-100:]}-{mode}-seed{seed}")
+
+
+@dataclass(frozen=True)
 class Session:
     """One call of a transfer task."""
 
@@ -35,19 +59,12 @@ class Session:
     results: list[TaskResult] = field(default_factory=list)
     """Finished encoders."""
 
-    def state_file(self, encoder: dict[str, Any], mode: Mode, seed: int, trained_on: str) -> Path:
-        """Return where a fit is saved until the call ends.
-
-        Args:
-            encoder: its description.
-            mode: frozen or full.
-            seed: of the fit.
-            trained_on: ``digest`` of the training data and of the settings that ``fit`` does not know of.
+    def state_file(self, fit: FitIdentity) -> Path:
+        """Return where a fit is saved until the call ends, on all ranks as the first one says.
 
         Parallel: one broadcast.
         """
-        name = re.sub(r"[^A-Za-z0-9.-]+", "_", str(encoder["name"]))[-60:]
-        file = f"{name}-{encoder['fingerprint']}-{mode}-seed{seed}-{trained_on}.pt"
+        file = f"{fit.name}-{fit.encoder['fingerprint']}-{fit.trained_on}.pt"
         return self.replicas.from_first(self.output / "states" / file)
 
     def add(self, result: TaskResult) -> None:
