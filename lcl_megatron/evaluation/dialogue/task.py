@@ -8,7 +8,6 @@ answered, and the answers written in the form that each of them takes.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +28,11 @@ from lcl_megatron.evaluation.dialogue.conversations import (
 )
 from lcl_megatron.evaluation.transfer.fit import Curve, FitConfig
 from lcl_megatron.evaluation.transfer.image_sets import FolderImages, ImageSet
-from lcl_megatron.evaluation.transfer.results import MetricSummary, TaskResult, UnitScores, summarize, versions
+from lcl_megatron.evaluation.transfer.results import MetricSummary, TaskResult, Trial, UnitScores, summarize
 from lcl_megatron.evaluation.transfer.session import FitIdentity, Mode, Session, digest, fit_name
 from lcl_megatron.evaluation.vision_language.answering import answer_prompts
 from lcl_megatron.evaluation.vision_language.assembly import Assembled, Recipe, assemble, load_model, save_model
+from lcl_megatron.evaluation.vision_language.exam import score_saved
 from lcl_megatron.evaluation.vision_language.model import Generation, Part
 from lcl_megatron.evaluation.vision_language.pixels import ImageFit
 from lcl_megatron.evaluation.vision_language.sequences import SequenceBuilder, TokenSequence
@@ -180,9 +180,9 @@ def converse(
     Raises:
         EncoderError, AssemblyError, DataError, ConversationError, DivergenceError: see there.
     """
-    begin = time.monotonic()
-    curves: dict[str, Curve] = {}
-    scores: dict[str, dict[int, Score]] = {run.name: {} for run in data.benchmarks}
+    trial = Trial("dialogue", mode, dataclasses.asdict(settings) | {"language_model": language_model})
+    exams = [_Exam(run, settings, session) for run in data.benchmarks]
+    scores: list[dict[int, Score]] = [{} for _ in exams]
     recipe = Recipe(spec, language_model, settings.connector_layers, settings.max_length, settings.image_fit)
     drop_path_rate = settings.drop_path_rate if mode == "full" else 0.0
     for seed in seeds:
@@ -203,27 +203,17 @@ def converse(
         if seed == seeds[0]:
             description = session.replicas.from_first(assembled.encoder.describe())
         if data.alignment is not None:
-            curves[f"{seed} alignment"] = _train(
+            trial.curves[f"{seed} alignment"] = _train(
                 assembled, data.alignment, "plain", ("connector",), settings, mode, seed, session
             )
         parts: tuple[Part, ...] = ("connector", "language_model", *(("encoder",) if mode == "full" else ()))
-        curves[str(seed)] = _train(assembled, data.tuning, "vicuna_v1", parts, settings, mode, seed, session)
+        trial.curves[str(seed)] = _train(assembled, data.tuning, "vicuna_v1", parts, settings, mode, seed, session)
         name = f"dialogue-{fit_name(assembled.encoder.name, mode, seed)}"
-        for run in data.benchmarks:
-            scores[run.name][seed] = _ask(assembled, run, settings, session, name)
+        for exam, found in zip(exams, scores, strict=True):
+            found[seed] = exam.take(assembled, name)
     return [
-        TaskResult(
-            task="dialogue",
-            encoder=description,
-            mode=mode,
-            data=data.describe() | {"test": run.name, "test_questions": len(run.questions)},
-            settings=dataclasses.asdict(settings) | {"language_model": language_model},
-            metrics=_metrics(scores[run.name]),
-            curves=curves,
-            versions=versions(),
-            seconds=time.monotonic() - begin,
-        )
-        for run in data.benchmarks
+        trial.result(description, data.describe() | exam.data, exam.metrics(found))
+        for exam, found in zip(exams, scores, strict=True)
     ]
 
 
@@ -241,26 +231,8 @@ def score_model(
     Raises:
         AssemblyError, EncoderError, DataError: see there.
     """
-    assembled = load_model(folder, session.replicas.device)
-    description = session.replicas.from_first(assembled.encoder.describe())
-    results = []
-    for run in benchmarks:
-        begin = time.monotonic()
-        score = _ask(assembled, run, settings, session, folder.name)
-        results.append(
-            TaskResult(
-                task="dialogue",
-                encoder=description | {"name": folder.name},
-                mode="",
-                data={"test": run.name, "test_questions": len(run.questions)},
-                settings=dataclasses.asdict(settings) | {"language_model": assembled.recipe.language_model},
-                metrics=_metrics({0: score}),
-                curves={},
-                versions=versions(),
-                seconds=time.monotonic() - begin,
-            )
-        )
-    return results
+    exams = [_Exam(run, settings, session) for run in benchmarks]
+    return score_saved("dialogue", folder, exams, dataclasses.asdict(settings), session)
 
 
 def _train(
@@ -298,21 +270,58 @@ def _train(
     return curve
 
 
-def _ask(assembled: Assembled, run: BenchmarkRun, settings: DialogueSettings, session: Session, name: str) -> Score:
-    """Answer a benchmark, write the answer files, and return its scores."""
-    answers = _answers(assembled, run, settings, session, np.arange(len(run.questions)))
-    if session.replicas.is_first:
-        folder = session.output / "answers" / name / run.name
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in run.benchmark.write(run.questions, answers, folder):
-            session.say(f"wrote {path}")
-    score = run.benchmark.score(run.questions, answers)
-    if settings.other_images and score:
-        blind = _answers(assembled, run, settings, session, other_images(run))
-        measures = run.benchmark.score(run.questions, blind)
-        main = next(iter(score))
-        score |= {f"{main}, other images": measures[main]}
-    return score
+@dataclass(frozen=True)
+class _Exam:
+    """A benchmark, and how it is answered."""
+
+    run: BenchmarkRun
+    settings: DialogueSettings
+    session: Session
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return {"test": self.run.name, "test_questions": len(self.run.questions)}
+
+    def take(self, assembled: Assembled, name: str) -> Score:
+        """Answer the questions, write the answer files, and return the scores."""
+        run = self.run
+        answers = self._answers(assembled, np.arange(len(run.questions)))
+        if self.session.replicas.is_first:
+            folder = self.session.output / "answers" / name / run.name
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in run.benchmark.write(run.questions, answers, folder):
+                self.session.say(f"wrote {path}")
+        score = run.benchmark.score(run.questions, answers)
+        if self.settings.other_images and score:
+            blind = self._answers(assembled, other_images(run))
+            measures = run.benchmark.score(run.questions, blind)
+            main = next(iter(score))
+            score |= {f"{main}, other images": measures[main]}
+        return score
+
+    def metrics(self, by_seed: Mapping[int, Score]) -> tuple[MetricSummary, ...]:
+        """Return a summary of every measure; nothing where only a server can tell."""
+        first = next(iter(by_seed.values()))
+        return tuple(_summary(name, {seed: score[name] for seed, score in by_seed.items()}) for name in first)
+
+    def _answers(self, assembled: Assembled, images: np.ndarray) -> list[str]:
+        run, settings = self.run, self.settings
+        prompts = [
+            (
+                assembled.builder.build(question_pieces(question.text, question.has_image), int(question.has_image)),
+                (int(images[index]),) if question.has_image else (),
+            )
+            for index, question in enumerate(run.questions)
+        ]
+        return answer_prompts(
+            assembled,
+            prompts,
+            run.images,
+            Generation(run.benchmark.max_new_tokens, settings.num_beams),
+            self.session.replicas,
+            batch_size=settings.eval_batch_size,
+            bf16=settings.tuning.precision == "bf16",
+        )
 
 
 def other_images(run: BenchmarkRun) -> np.ndarray:
@@ -323,33 +332,6 @@ def other_images(run: BenchmarkRun) -> np.ndarray:
     circle = np.random.default_rng(0).permutation(seeing)
     numbers[circle] = np.roll(circle, 1)
     return numbers
-
-
-def _answers(
-    assembled: Assembled, run: BenchmarkRun, settings: DialogueSettings, session: Session, images: np.ndarray
-) -> list[str]:
-    prompts = [
-        (
-            assembled.builder.build(question_pieces(question.text, question.has_image), int(question.has_image)),
-            (int(images[index]),) if question.has_image else (),
-        )
-        for index, question in enumerate(run.questions)
-    ]
-    return answer_prompts(
-        assembled,
-        prompts,
-        run.images,
-        Generation(run.benchmark.max_new_tokens, settings.num_beams),
-        session.replicas,
-        batch_size=settings.eval_batch_size,
-        bf16=settings.tuning.precision == "bf16",
-    )
-
-
-def _metrics(by_seed: Mapping[int, Score]) -> tuple[MetricSummary, ...]:
-    """Return a summary of every measure; nothing where only a server can tell."""
-    first = next(iter(by_seed.values()))
-    return tuple(_summary(name, {seed: score[name] for seed, score in by_seed.items()}) for name in first)
 
 
 def _summary(name: str, measures: Mapping[int, Any]) -> MetricSummary:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,36 @@ class TaskResult:
             for seed, entry in fields["curves"].items()
         }
         return cls(**fields | {"metrics": metrics, "curves": curves})
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One encoder at one task, from when this object is made: what its results on all test sets have in common."""
+
+    task: str
+    """e.g. ``classification``."""
+    mode: str
+    """``frozen`` or ``full``; empty where nothing is trained."""
+    settings: dict[str, Any]
+    """All settings of the task; what is found on the way is added."""
+    curves: dict[str, Curve] = field(default_factory=dict)
+    """Training curve of every seed; added when it is known."""
+    begin: float = field(default_factory=time.monotonic)
+    """When it began."""
+
+    def result(self, encoder: dict[str, Any], data: dict[str, Any], metrics: tuple[MetricSummary, ...]) -> TaskResult:
+        """Return the result on one test set, as it stands now; see ``TaskResult`` for the arguments."""
+        return TaskResult(
+            task=self.task,
+            encoder=encoder,
+            mode=self.mode,
+            data=data,
+            settings=self.settings,
+            metrics=metrics,
+            curves=self.curves,
+            versions=versions(),
+            seconds=time.monotonic() - self.begin,
+        )
 
 
 def summarize(

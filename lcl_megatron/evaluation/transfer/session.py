@@ -6,12 +6,15 @@ import hashlib
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import nn
+
+from lcl_megatron.evaluation.transfer.fit import Curve, FitConfig, Loss, fit
 from lcl_megatron.evaluation.transfer.report import write_results
 from lcl_megatron.evaluation.transfer.results import TaskResult
 from lcl_megatron.parallel.replicas import Replicas, replicas_of_launcher
@@ -59,13 +62,42 @@ class Session:
     results: list[TaskResult] = field(default_factory=list)
     """Finished encoders."""
 
-    def state_file(self, fit: FitIdentity) -> Path:
+    def state_file(self, of: FitIdentity) -> Path:
         """Return where a fit is saved until the call ends, on all ranks as the first one says.
 
         Parallel: one broadcast.
         """
-        file = f"{fit.name}-{fit.encoder['fingerprint']}-{fit.trained_on}.pt"
+        file = f"{of.name}-{of.encoder['fingerprint']}-{of.trained_on}.pt"
         return self.replicas.from_first(self.output / "states" / file)
+
+    def fit(
+        self,
+        module: nn.Module,
+        loss: Loss,
+        num_examples: int,
+        config: FitConfig,
+        of: FitIdentity,
+        pretrained: Iterable[nn.Parameter] = (),
+    ) -> Curve:
+        """Fit a module on all ranks; its state is saved until the call ends, and found again by the same fit.
+
+        Args:
+            module, loss, num_examples, config, pretrained: see ``fit.fit``.
+            of: which fit it is.
+
+        Raises:
+            DivergenceError, NothingToLearnError, ConfigError, OSError: see there.
+        """
+        return fit(
+            module,
+            loss,
+            num_examples,
+            config,
+            self.replicas,
+            seed=of.seed,
+            pretrained=pretrained,
+            state_file=self.state_file(of),
+        )
 
     def add(self, result: TaskResult) -> None:
         """Take a finished result; all files are written anew, so that a later failure loses nothing."""
