@@ -22,14 +22,14 @@ from lcl_megatron.evaluation.transfer.caption_sets import CaptionedSet
 from lcl_megatron.evaluation.transfer.fit import FitConfig
 from lcl_megatron.evaluation.transfer.image_sets import FolderImages, ImageSet
 from lcl_megatron.evaluation.transfer.results import MetricSummary, TaskResult, Trial, summarize
-from lcl_megatron.evaluation.transfer.session import FitIdentity, Mode, Session, digest, fit_name
+from lcl_megatron.evaluation.transfer.session import FitIdentity, Mode, Session, digest
 from lcl_megatron.evaluation.vision_language.answering import answer_prompts
-from lcl_megatron.evaluation.vision_language.assembly import Assembled, Recipe, assemble, save_model
-from lcl_megatron.evaluation.vision_language.exam import score_saved
+from lcl_megatron.evaluation.vision_language.assembly import Assembled, Recipe, assemble
+from lcl_megatron.evaluation.vision_language.exam import Trained, score_saved, score_trained
 from lcl_megatron.evaluation.vision_language.model import Generation, Part
 from lcl_megatron.evaluation.vision_language.pixels import ImageFit
 from lcl_megatron.evaluation.vision_language.sequences import PLACEHOLDER, Piece, SequenceBuilder, TokenSequence
-from lcl_megatron.evaluation.vision_language.training import train_parts
+from lcl_megatron.evaluation.vision_language.training import Stage, train_stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,37 +163,38 @@ def caption(
         EncoderError, AssemblyError, DataError, CaptionScoreError, DivergenceError: see there.
     """
     check_scorer()
-    trial = Trial("captioning", mode, dataclasses.asdict(settings) | {"language_model": language_model})
-    exams = [_Exam(test, settings, session) for test in tests]
-    scores: list[dict[int, Scored]] = [{} for _ in exams]
     recipe = Recipe(spec, language_model, settings.connector_layers, settings.max_length, settings.image_fit)
-    drop_path_rate = settings.drop_path_rate if mode == "full" else 0.0
-    trained_on = digest("captioning", recipe, *train.contents(), drop_path_rate, settings.prompt)
-    for seed in seeds:
-        assembled = assemble(recipe, session.replicas.device, seed, drop_path_rate)
-        if seed == seeds[0]:
-            description = session.replicas.from_first(assembled.encoder.describe())
-        name = f"captioning-{fit_name(assembled.encoder.name, mode, seed)}"
+    return score_trained(
+        Trial("captioning", mode, dataclasses.asdict(settings) | {"language_model": language_model}),
+        _Training(recipe, train, settings, mode, session).model,
+        seeds,
+        [_Exam(test, settings, session) for test in tests],
+        {"train": train.source, "train_images": len(train), "left_out": dict(train.left_out)},
+    )
+
+
+@dataclass(frozen=True)
+class _Training:
+    """How the models of one encoder come to be."""
+
+    recipe: Recipe
+    train: CaptionedSet
+    settings: CaptioningSettings
+    mode: Mode
+    session: Session
+
+    def model(self, seed: int) -> Trained:
+        """Return the model of a seed, trained."""
+        settings, train = self.settings, self.train
+        drop_path_rate = settings.drop_path_rate if self.mode == "full" else 0.0
+        assembled = assemble(self.recipe, self.session.replicas.device, seed, drop_path_rate)
+        encoder = self.session.replicas.from_first(assembled.encoder.describe())
+        trained_on = digest("captioning", self.recipe, *train.contents(), drop_path_rate, settings.prompt)
+        fit = FitIdentity(encoder, self.mode, seed, trained_on)
+        stage = Stage("captioning", "captions", settings.parts(self.mode), settings.fit, fit, settings.save_model)
         texts = CaptionTexts.of(train, assembled.builder, settings.prompt)
-        session.say(f"{name}: {settings.fit.steps} steps of {settings.fit.batch_size} of {len(texts):,} captions")
-        trial.curves[str(seed)] = train_parts(
-            assembled,
-            settings.parts(mode),
-            texts,
-            settings.fit,
-            session.replicas,
-            seed=seed,
-            state_file=session.state_file(FitIdentity(description, mode, seed, trained_on)),
-        )
-        if settings.save_model and session.replicas.is_first:
-            save_model(assembled, session.output / "models" / name)
-        for exam, found in zip(exams, scores, strict=True):
-            found[seed] = exam.take(assembled, name)
-    data = {"train": train.source, "train_images": len(train), "left_out": dict(train.left_out)}
-    return [
-        trial.result(description, data | exam.data, exam.metrics(found))
-        for exam, found in zip(exams, scores, strict=True)
-    ]
+        curve = train_stage(assembled, stage, texts, self.session)
+        return Trained(assembled, stage.model_name, encoder, {str(seed): curve})
 
 
 def score_model(

@@ -29,14 +29,14 @@ from lcl_megatron.evaluation.dialogue.conversations import (
 from lcl_megatron.evaluation.transfer.fit import Curve, FitConfig
 from lcl_megatron.evaluation.transfer.image_sets import FolderImages, ImageSet
 from lcl_megatron.evaluation.transfer.results import MetricSummary, TaskResult, Trial, UnitScores, summarize
-from lcl_megatron.evaluation.transfer.session import FitIdentity, Mode, Session, digest, fit_name
+from lcl_megatron.evaluation.transfer.session import FitIdentity, Mode, Session, digest
 from lcl_megatron.evaluation.vision_language.answering import answer_prompts
-from lcl_megatron.evaluation.vision_language.assembly import Assembled, Recipe, assemble, load_model, save_model
-from lcl_megatron.evaluation.vision_language.exam import score_saved
+from lcl_megatron.evaluation.vision_language.assembly import Assembled, Recipe, assemble, load_model
+from lcl_megatron.evaluation.vision_language.exam import Trained, score_saved, score_trained
 from lcl_megatron.evaluation.vision_language.model import Generation, Part
 from lcl_megatron.evaluation.vision_language.pixels import ImageFit
 from lcl_megatron.evaluation.vision_language.sequences import SequenceBuilder, TokenSequence
-from lcl_megatron.evaluation.vision_language.training import train_parts
+from lcl_megatron.evaluation.vision_language.training import Stage, train_stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,41 +180,72 @@ def converse(
     Raises:
         EncoderError, AssemblyError, DataError, ConversationError, DivergenceError: see there.
     """
-    trial = Trial("dialogue", mode, dataclasses.asdict(settings) | {"language_model": language_model})
-    exams = [_Exam(run, settings, session) for run in data.benchmarks]
-    scores: list[dict[int, Score]] = [{} for _ in exams]
     recipe = Recipe(spec, language_model, settings.connector_layers, settings.max_length, settings.image_fit)
-    drop_path_rate = settings.drop_path_rate if mode == "full" else 0.0
-    for seed in seeds:
-        if aligned is None:
-            assembled = assemble(recipe, session.replicas.device, seed, drop_path_rate)
-        else:
-            assembled = load_model(
-                aligned,
-                session.replicas.device,
-                drop_path_rate,
-                lambda saved: dataclasses.replace(saved, max_length=settings.max_length, image_fit=settings.image_fit),
-            )
-            require(
-                (assembled.recipe.encoder, assembled.recipe.language_model) == (spec, language_model),
-                f"{aligned} was aligned with encoder {assembled.recipe.encoder!r} and language model "
-                f"{assembled.recipe.language_model!r}; give the same ones",
-            )
-        if seed == seeds[0]:
-            description = session.replicas.from_first(assembled.encoder.describe())
-        if data.alignment is not None:
-            trial.curves[f"{seed} alignment"] = _train(
-                assembled, data.alignment, "plain", ("connector",), settings, mode, seed, session
-            )
-        parts: tuple[Part, ...] = ("connector", "language_model", *(("encoder",) if mode == "full" else ()))
-        trial.curves[str(seed)] = _train(assembled, data.tuning, "vicuna_v1", parts, settings, mode, seed, session)
-        name = f"dialogue-{fit_name(assembled.encoder.name, mode, seed)}"
-        for exam, found in zip(exams, scores, strict=True):
-            found[seed] = exam.take(assembled, name)
-    return [
-        trial.result(description, data.describe() | exam.data, exam.metrics(found))
-        for exam, found in zip(exams, scores, strict=True)
-    ]
+    return score_trained(
+        Trial("dialogue", mode, dataclasses.asdict(settings) | {"language_model": language_model}),
+        _Training(recipe, aligned, data, settings, mode, session).model,
+        seeds,
+        [_Exam(run, settings, session) for run in data.benchmarks],
+        data.describe(),
+    )
+
+
+@dataclass(frozen=True)
+class _Training:
+    """How the models of one encoder come to be."""
+
+    recipe: Recipe
+    aligned: Path | None
+    data: DialogueData
+    settings: DialogueSettings
+    mode: Mode
+    session: Session
+
+    def model(self, seed: int) -> Trained:
+        """Return the model after both stages, or after the second one of a model that was aligned before."""
+        settings, assembled = self.settings, self._start(seed)
+        encoder = self.session.replicas.from_first(assembled.encoder.describe())
+        curves: dict[str, Curve] = {}
+        if (data := self.data.alignment) is not None:
+            fit = self._identity("alignment", data, assembled, encoder, seed)
+            stage = Stage("alignment", "conversations", ("connector",), settings.alignment, fit, settings.save_model)
+            texts = data.texts("plain", assembled.builder)
+            curves[f"{seed} alignment"] = train_stage(assembled, stage, texts, self.session)
+        data = self.data.tuning
+        parts: tuple[Part, ...] = ("connector", "language_model", *(("encoder",) if self.mode == "full" else ()))
+        fit = self._identity("dialogue", data, assembled, encoder, seed)
+        stage = Stage("dialogue", "conversations", parts, settings.tuning, fit, settings.save_model)
+        curves[str(seed)] = train_stage(assembled, stage, data.texts("vicuna_v1", assembled.builder), self.session)
+        return Trained(assembled, stage.model_name, encoder, curves)
+
+    def _start(self, seed: int) -> Assembled:
+        """Return a model that has not been trained, or that of an earlier call's stage 1."""
+        device, recipe = self.session.replicas.device, self.recipe
+        drop_path_rate = self.settings.drop_path_rate if self.mode == "full" else 0.0
+        if self.aligned is None:
+            return assemble(recipe, device, seed, drop_path_rate)
+        assembled = load_model(
+            self.aligned,
+            device,
+            drop_path_rate,
+            lambda saved: dataclasses.replace(saved, max_length=recipe.max_length, image_fit=recipe.image_fit),
+        )
+        found = assembled.recipe
+        require(
+            (found.encoder, found.language_model) == (recipe.encoder, recipe.language_model),
+            f"{self.aligned} was aligned with encoder {found.encoder!r} and language model "
+            f"{found.language_model!r}; give the same ones",
+        )
+        return assembled
+
+    def _identity(
+        self, stage: str, data: ConversationSet, assembled: Assembled, encoder: dict[str, Any], seed: int
+    ) -> FitIdentity:
+        # The connector tells what was done before: it begins as stage 1, or the model of an earlier call, has left it.
+        connector = [parameter.detach().cpu().numpy().tobytes() for parameter in assembled.model.connector.parameters()]
+        recipe = dataclasses.replace(assembled.recipe, encoder="")
+        trained_on = digest(stage, recipe, self.settings.drop_path_rate, data.conversations, connector)
+        return FitIdentity(encoder, self.mode, seed, trained_on)
 
 
 def score_model(
@@ -233,41 +264,6 @@ def score_model(
     """
     exams = [_Exam(run, settings, session) for run in benchmarks]
     return score_saved("dialogue", folder, exams, dataclasses.asdict(settings), session)
-
-
-def _train(
-    assembled: Assembled,
-    data: ConversationSet,
-    template: Template,
-    parts: tuple[Part, ...],
-    settings: DialogueSettings,
-    mode: Mode,
-    seed: int,
-    session: Session,
-) -> Curve:
-    """Train one stage and save the model."""
-    stage = "alignment" if template == "plain" else "dialogue"
-    config = settings.alignment if template == "plain" else settings.tuning
-    name = f"{stage}-{fit_name(assembled.encoder.name, mode, seed)}"
-    description = session.replicas.from_first(assembled.encoder.describe())
-    # The connector tells what was done before: it begins as stage 1, or the model of an earlier call, has left it.
-    connector = [parameter.detach().cpu().numpy().tobytes() for parameter in assembled.model.connector.parameters()]
-    recipe = dataclasses.replace(assembled.recipe, encoder="")
-    trained_on = digest(stage, recipe, settings.drop_path_rate, data.conversations, connector)
-    session.say(f"{name}: {config.steps} steps of {config.batch_size} of {len(data.conversations):,} conversations")
-    curve = train_parts(
-        assembled,
-        parts,
-        data.texts(template, assembled.builder),
-        config,
-        session.replicas,
-        seed=seed,
-        state_file=session.state_file(FitIdentity(description, mode, seed, trained_on)),
-    )
-    if settings.save_model and session.replicas.is_first:
-        save_model(assembled, session.output / "models" / name)
-    session.replicas.barrier()
-    return curve
 
 
 @dataclass(frozen=True)

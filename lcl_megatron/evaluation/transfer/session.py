@@ -38,13 +38,8 @@ class FitIdentity:
 
     @property
     def name(self) -> str:
-        """``fit_name``."""
-        return fit_name(self.encoder["name"], self.mode, self.seed)
-
-
-def fit_name(encoder: str, mode: Mode, seed: int) -> str:
-    """Return ``ENCODER-frozen-seed0``, with nothing in it that a file name cannot hold."""
-    return re.sub(r"[^A-Za-z0-9.-]+", "_", f"{encoder[-100:]}-{mode}-seed{seed}")
+        """``ENCODER-frozen-seed0``, with nothing in it that a file name cannot hold."""
+        return re.sub(r"[^A-Za-z0-9.-]+", "_", f"{self.encoder['name'][-100:]}-{self.mode}-seed{self.seed}")
 
 
 @dataclass(frozen=True)

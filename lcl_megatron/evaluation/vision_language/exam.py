@@ -1,11 +1,12 @@
-"""Test sets that models answer with text, and how a trained model takes them."""
+"""Test sets that models answer with text, and how trained models take them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
+from lcl_megatron.evaluation.transfer.fit import Curve
 from lcl_megatron.evaluation.transfer.results import MetricSummary, TaskResult, Trial
 from lcl_megatron.evaluation.transfer.session import Session
 from lcl_megatron.evaluation.vision_language.assembly import Assembled, load_model
@@ -34,6 +35,48 @@ class Exam(Protocol[Scores]):
     def metrics(self, by_seed: Mapping[int, Scores]) -> tuple[MetricSummary, ...]:
         """Return summaries of the scores of one model per seed."""
         ...
+
+
+class Trained(NamedTuple):
+    """A model of one seed."""
+
+    assembled: Assembled
+    """The model, in evaluation mode."""
+    name: str
+    """For files and folders."""
+    encoder: dict[str, Any]
+    """``ImageEncoder.describe()`` of its encoder, before the training."""
+    curves: dict[str, Curve]
+    """Of its stages."""
+
+
+def score_trained(
+    trial: Trial,
+    train: Callable[[int], Trained],
+    seeds: Sequence[int],
+    exams: Sequence[Exam[Scores]],
+    data: dict[str, Any],
+) -> list[TaskResult]:
+    """Train a model for each seed and let it take all exams; one result per exam.
+
+    Args:
+        trial: task, mode and settings; gets the curves.
+        train: from a seed to its model; one model at a time is needed.
+        seeds: at least one.
+        exams: test sets.
+        data: what results say of the training data.
+    """
+    scores: list[dict[int, Scores]] = [{} for _ in exams]
+    encoder: dict[str, Any] = {}
+    for seed in seeds:
+        model = train(seed)
+        encoder = encoder or model.encoder
+        trial.curves.update(model.curves)
+        for exam, found in zip(exams, scores, strict=True):
+            found[seed] = exam.take(model.assembled, model.name)
+    return [
+        trial.result(encoder, data | exam.data, exam.metrics(found)) for exam, found in zip(exams, scores, strict=True)
+    ]
 
 
 def score_saved(

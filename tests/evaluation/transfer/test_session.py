@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from lcl_megatron.evaluation.transfer.session import FitIdentity, digest, fit_name, open_session
+from lcl_megatron.evaluation.transfer.session import FitIdentity, digest, open_session
 
 FIT = FitIdentity({"name": "timm:vit/b 16", "fingerprint": "0af3"}, "full", 3, digest("captioning", [1, 2]))
 
 
 def test_names_of_fits_are_names_of_files() -> None:
-    assert FIT.name == fit_name("timm:vit/b 16", "full", 3) == "timm_vit_b_16-full-seed3"
-    assert fit_name("x" * 300, "frozen", 0) == f"{'x' * 100}-frozen-seed0"
+    assert FIT.name == "timm_vit_b_16-full-seed3"
+    assert FitIdentity({"name": "x" * 300}, "frozen", 0, "").name == f"{'x' * 100}-frozen-seed0"
 
 
 def test_states_of_fits_that_differ_have_files_of_their_own(tmp_path: Path) -> None:
