@@ -43,6 +43,7 @@ from lcl_megatron.config import RunConfig, VisionConfig
 from lcl_megatron.config.sources import preset_text
 from lcl_megatron.config.toml import from_toml
 from lcl_megatron.data.tokenizer import train_tokenizer
+from lcl_megatron.versions import software_versions
 
 TEXTS = tuple(" ".join(f"word{(7 * n + k) % 90}" for k in range(12)) for n in range(90))
 """Made-up sentences, for the tokenizer."""
@@ -217,7 +218,7 @@ def main() -> None:
             report |= figures(name, outcome)
             status = max(status, outcome.status)
     parameters = sum(torch.Size(shape).numel() for shape in parameter_shapes(config).values())
-    settings = {"preset": flags.preset, "parameters": parameters, "torch_version": torch.__version__}
+    settings = {"preset": flags.preset, "parameters": parameters, "versions": software_versions()}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(json.dumps({**report, "passed": status == 0, "peak_rss_gib": peak, **settings}))
     if status:
