@@ -15,7 +15,6 @@ with the weights before the export gets its name.
 from __future__ import annotations
 
 import hashlib
-import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from lcl_megatron.checkpoint.convert import whole_model
 from lcl_megatron.checkpoint.convert.export_targets import ExportSource, Target, json_text, targets
+from lcl_megatron.checkpoint.convert.measurement import Measurement
 from lcl_megatron.checkpoint.folders import CheckpointError, commit_folder
 from lcl_megatron.checkpoint.model_card import Card, card_text
 from lcl_megatron.checkpoint.parameters import PARTS
@@ -40,31 +40,6 @@ from lcl_megatron.versions import software_versions
 
 REPORT_FILE = "export_report.json"
 HEADS_FILE = "lcl_heads.safetensors"
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """How far a stock library's outputs are from the model's own, in float32 on random inputs."""
-
-    loaded_as: str
-    """Class of the library that was built."""
-    max_abs_difference: float
-    """Over all outputs compared."""
-    largest_output: float
-    """Largest absolute entry of the model's own outputs, by which the difference is judged."""
-    missing_keys: tuple[str, ...] = ()
-    """Parameters of the class that the file does not have, so that they stayed random."""
-    unexpected_keys: tuple[str, ...] = ()
-    """Tensors of the file that the class has no place for."""
-    tolerance: float = 1e-5
-    """Largest difference that passes, as a share of ``largest_output``, or absolute where that is below 1."""
-
-    @property
-    def passed(self) -> bool:
-        """Whether every tensor was loaded and the outputs agree; NaN and infinite ones do not."""
-        largest = max(1.0, self.largest_output)
-        within = math.isfinite(largest) and self.max_abs_difference <= self.tolerance * largest
-        return within and not self.missing_keys and not self.unexpected_keys
 
 
 @dataclass(frozen=True)
