@@ -15,8 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from lcl_megatron.config.sources import load_run_config
+from lcl_megatron.checkpoint.weights import read_weights
+from lcl_megatron.config.sources import load_run_config, preset_text
+from lcl_megatron.config.toml import from_toml
 from lcl_megatron.data.storage.corpus import Corpus
+from tests.stock import stock_or_skip
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -191,3 +194,33 @@ def test_images_compares_with_openclip_and_webdataset(monkeypatch: pytest.Monkey
     assert result["max_abs_diff_enlarged"] <= 2
     ends = [result["end_to_end_speedup_120"], result["end_to_end_speedup_480"]]
     assert result["end_to_end_speedup"] == pytest.approx(sum(ends) / 2)
+
+
+def test_converters_compare_models_of_the_preset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What they wrote is kept and looked at: it has the sizes of the preset, and values that no map can hide."""
+    for library in ("timm", "transformers", "open_clip"):
+        stock_or_skip(library)
+    folder, imported = tmp_path / "kept", ("from_clip", "from_open_clip", "from_timm", "from_official")
+    lines, report = run("converters.py", ["--vocab-size", "512", "--folder", str(folder)], monkeypatch, capsys)
+    assert report["passed"] is True
+    exported = ("timm", "auto_model", "clip_vision", "language_model", "whole_model")
+    for name in (*exported, *imported, "official"):
+        # Two implementations never agree in every bit; --verify allows 1e-5 of the outputs, which are below 20.
+        assert 0 < report[name] < 2e-4, name
+    exact = [name for name in report if name.endswith(("_round_trip", "_written"))]
+    assert len(exact) == 1 + 2 * 5
+    assert {report[name] for name in exact} == {0.0}
+    assert sum("  ok  " in line for line in lines) == 5 + 3 * 5
+
+    expected = from_toml(preset_text("tiny"), "tiny").vision
+    weights = read_weights(folder / "weights")
+    assert report["parameters"] == sum(tensor.numel() for tensor in weights.state.values())
+    sizes = ("image_size", "patch_size", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+    for name in ("weights", *imported):
+        found = read_weights(folder / name)
+        assert all(getattr(found.config.vision, size) == getattr(expected, size) for size in sizes), name
+        for tensor in found.state.values():
+            assert ((tensor != 0) & (tensor != 1)).all()
+            assert tensor.numel() == 1 or tensor.std() > 0

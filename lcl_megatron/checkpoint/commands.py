@@ -12,7 +12,8 @@ from typing import Annotated, NamedTuple
 
 import tyro
 
-from lcl_megatron.checkpoint.convert.importing import Check, ImportOptions, check_released_file, import_weights
+from lcl_megatron.checkpoint.convert.importing import ImportOptions, import_weights, measure_released_file
+from lcl_megatron.checkpoint.convert.measurement import Measurement
 from lcl_megatron.checkpoint.convert.official_file import Precision, write_official
 from lcl_megatron.checkpoint.export import ExportReport, export_weights, with_measurements, write_report
 from lcl_megatron.checkpoint.stock_libraries import LibraryError
@@ -76,14 +77,14 @@ def import_source(
             beyond 1e-5 of the largest output, or where a weight does not come back as it was.
     """
     try:
-        weights, checks = import_weights(source, output, options, verify)
+        weights, measurements = import_weights(source, output, options, verify)
     except ModuleNotFoundError as error:
         raise LibraryError(_NEEDS_MEGATRON.format(error.name)) from error
     count = sum(tensor.numel() for tensor in weights.state.values())
     return _judged(
         f"{output}: {', '.join(weights.parts)}, {count / 1e6:.2f} M parameters\n"
         f"train from it: pretrain_lcl.py --config {output}/run.toml --init-weights {output} --data-path ... --save ...",
-        checks,
+        measurements,
     )
 
 
@@ -105,10 +106,10 @@ def official(
     weights = read_weights(checkpoint)
     write_official(weights, output, precision)
     try:
-        checks = check_released_file(output, weights, precision) if verify else {}
+        measurements = measure_released_file(output, weights, precision) if verify else {}
     except ModuleNotFoundError as error:
         raise LibraryError(_NEEDS_MEGATRON.format(error.name)) from error
-    return _judged(f"{output}: written in {precision}", checks)
+    return _judged(f"{output}: written in {precision}", measurements)
 
 
 COMMANDS: dict[str, Callable[..., Outcome]] = {"export": export, "import": import_source, "official": official}
@@ -135,14 +136,14 @@ def _verify(report: ExportReport, weights: ModelWeights, output: Path) -> Export
     return report
 
 
-def _judged(text: str, checks: Mapping[str, Check]) -> Outcome:
+def _judged(text: str, measurements: Mapping[str, Measurement]) -> Outcome:
     """Return the outcome of a command without a report of its own."""
     lines = [text]
-    for name, check in checks.items():
-        verdict = "ok" if check.passed else f"BEYOND {check.limit:.0e}"
-        lines.append(f"  {check.difference:9.2e}  {verdict}  {name}")
-    lines.append(json.dumps({name: check.difference for name, check in checks.items()}))
-    return Outcome("\n".join(lines), int(not all(check.passed for check in checks.values())))
+    for name, one in measurements.items():
+        verdict = "ok" if one.passed else f"BEYOND {one.limit:.0e}"
+        lines.append(f"  {one.max_abs_difference:9.2e}  {verdict}  {name}")
+    lines.append(json.dumps({name: one.max_abs_difference for name, one in measurements.items()}))
+    return Outcome("\n".join(lines), int(not all(one.passed for one in measurements.values())))
 
 
 def _text(report: ExportReport, output: Path) -> str:

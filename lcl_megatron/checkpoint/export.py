@@ -15,11 +15,9 @@ with the weights before the export gets its name.
 from __future__ import annotations
 
 import hashlib
-import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +25,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import lcl_megatron
 from lcl_megatron.checkpoint.convert import whole_model
 from lcl_megatron.checkpoint.convert.export_targets import ExportSource, Target, json_text, targets
+from lcl_megatron.checkpoint.convert.measurement import Measurement
 from lcl_megatron.checkpoint.folders import CheckpointError, commit_folder
 from lcl_megatron.checkpoint.model_card import Card, card_text
 from lcl_megatron.checkpoint.parameters import PARTS
@@ -38,35 +36,10 @@ from lcl_megatron.checkpoint.tensor_files import write_tensors
 from lcl_megatron.checkpoint.weights import WEIGHTS_FILE, ModelWeights
 from lcl_megatron.config import RunConfig
 from lcl_megatron.config.toml import to_toml
+from lcl_megatron.versions import software_versions
 
 REPORT_FILE = "export_report.json"
 HEADS_FILE = "lcl_heads.safetensors"
-_LIBRARIES = ("torch", "safetensors", "timm", "transformers", "tokenizers", "huggingface_hub", "megatron-core")
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """How far a stock library's outputs are from the model's own, in float32 on random inputs."""
-
-    loaded_as: str
-    """Class of the library that was built."""
-    max_abs_difference: float
-    """Over all outputs compared."""
-    largest_output: float
-    """Largest absolute entry of the model's own outputs, by which the difference is judged."""
-    missing_keys: tuple[str, ...] = ()
-    """Parameters of the class that the file does not have, so that they stayed random."""
-    unexpected_keys: tuple[str, ...] = ()
-    """Tensors of the file that the class has no place for."""
-    tolerance: float = 1e-5
-    """Largest difference that passes, as a share of ``largest_output``, or absolute where that is below 1."""
-
-    @property
-    def passed(self) -> bool:
-        """Whether every tensor was loaded and the outputs agree; NaN and infinite ones do not."""
-        largest = max(1.0, self.largest_output)
-        within = math.isfinite(largest) and self.max_abs_difference <= self.tolerance * largest
-        return within and not self.missing_keys and not self.unexpected_keys
 
 
 @dataclass(frozen=True)
@@ -92,7 +65,7 @@ class ExportReport:
     source: dict[str, Any]
     """Where the weights come from: checkpoint, step, hash of the configuration, dtypes."""
     versions: dict[str, str]
-    """Versions of the libraries at hand."""
+    """``software_versions``."""
     folders: dict[str, FolderReport]
     """By name of the target."""
     measurements: dict[str, Measurement] = field(default_factory=dict)
@@ -163,7 +136,7 @@ def _write_all(
     wanted = [target for target in targets() if include_whole_model or target.name != "whole_model"]
     report = ExportReport(
         source=_describe_source(weights, checkpoint),
-        versions=_versions(),
+        versions=software_versions(),
         folders={target.name: _write_target(target, source, folder) for target in wanted},
     )
     heads = {name: weights.state[name].contiguous() for name in whole_model.head_names(weights.config)}
@@ -231,13 +204,3 @@ def _describe_source(weights: ModelWeights, checkpoint: str) -> dict[str, Any]:
         "config_sha256": hashlib.sha256(to_toml(weights.config).encode()).hexdigest(),
         "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights.state.values()}),
     }
-
-
-def _versions() -> dict[str, str]:
-    versions = {"lcl_megatron": lcl_megatron.__version__}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions

@@ -19,8 +19,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lcl_megatron.checkpoint.convert.export_targets import ExportSource
+from lcl_megatron.checkpoint.convert.measurement import Measurement
 from lcl_megatron.checkpoint.convert.whole_model import MODELING_FILE
-from lcl_megatron.checkpoint.export import ExportReport, Measurement
+from lcl_megatron.checkpoint.export import ExportReport
 from lcl_megatron.checkpoint.stock_libraries import stock_library
 from lcl_megatron.checkpoint.weights import WEIGHTS_FILE, ModelWeights
 from lcl_megatron.config import ParallelConfig
@@ -246,12 +247,8 @@ def _measurement(
 ) -> Measurement:
     """Judge outputs by the largest entry of the model's own; of several outputs, the worst counts."""
     measured = [
-        Measurement(
-            f"{type(loaded).__module__}.{type(loaded).__name__}",
-            float((found - expected).abs().max()) if found.shape == expected.shape else float("inf"),
-            float(expected.abs().max()),
-            tuple(keys[0]),
-            tuple(keys[1]),
+        Measurement.of_outputs(
+            f"{type(loaded).__module__}.{type(loaded).__name__}", found, expected, tuple(keys[0]), tuple(keys[1])
         )
         for found, expected in pairs
     ]

@@ -152,11 +152,11 @@ def test_a_wrong_preset_is_refused(module: Any, tmp_path: Path, change: tuple[st
 
 def test_shipped_presets_are_read_and_an_unknown_one_lists_them(module: Any) -> None:
     settings = module("settings")
-    for name in ("small", "full"):
+    for name in ("small", "photos", "full"):
         preset = settings.read_preset(name)
         assert preset.run_config().vision.image_size == 32
         assert len(preset.experiment.seeds) == 3
-    with pytest.raises(ConfigError, match=r"--preset tiny: there is no file .*; known: full, small"):
+    with pytest.raises(ConfigError, match=r"--preset tiny: there is no file .*; known: full, photos, small"):
         settings.read_preset("tiny")
 
 

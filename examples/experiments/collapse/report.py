@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +14,7 @@ from summary import MethodSummary, cells, percent
 from lcl_megatron.data.pages.drawing import PALETTE, figure, picture
 from lcl_megatron.data.pages.page import Html, cards, element, svg_image, table, write_page
 from lcl_megatron.training.metrics_reader import RunMetrics, read_metrics
+from lcl_megatron.versions import software_versions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +32,6 @@ MONITORS = (
     ("loss/contrastive", "Contrastive loss", "nats; reported also where its weight is 0"),
 )
 """Metric, title, unit of the curves of collapse."""
-PACKAGES = ("torch", "megatron-core", "numpy", "scikit-learn")
 
 
 def write_report(
@@ -223,9 +221,9 @@ def _differences(summaries: Sequence[MethodSummary]) -> list[tuple[str, str]]:
 
 
 def _versions(result: Mapping[str, Any], summaries: Sequence[MethodSummary]) -> str:
-    packages = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
+    versions = ", ".join(f"{name} {version}" for name, version in software_versions().items())
     device = summaries[0].runs[0].result["device"]
-    return f"Python {platform.python_version()}, {packages}; device: {device}; {result['cpu_minutes']} CPU minutes"
+    return f"{versions}; device: {device}; {result['cpu_minutes']} CPU minutes"
 
 
 def _settings(preset: Preset) -> str:

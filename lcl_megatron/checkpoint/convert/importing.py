@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from lcl_megatron.checkpoint.convert.measurement import Measurement
 from lcl_megatron.checkpoint.convert.official_file import (
     DTYPES,
     Heads,
@@ -43,8 +43,6 @@ from lcl_megatron.config import RunConfig
 
 Part = Literal["vision", "pool", "language", "logit_scale"]
 """A part of the model."""
-FEATURE_TOLERANCE = 1e-5
-"""Largest difference of features in float32 that passes, as a share of the largest feature, or absolute below 1."""
 _LIBRARIES = {"clip": load_clip, "open_clip": load_open_clip, "timm": load_timm}
 _FILES = (".pt", ".pth", ".bin", ".safetensors")
 
@@ -64,21 +62,6 @@ class ImportOptions:
 
 
 @dataclass(frozen=True)
-class Check:
-    """How far converted weights are from what they should be."""
-
-    difference: float
-    """Largest absolute difference."""
-    limit: float = 0.0
-    """Largest difference that passes; 0 = the same values."""
-
-    @property
-    def passed(self) -> bool:
-        """Whether the difference is within the limit; NaN and infinity are not, whatever the limit."""
-        return math.isfinite(self.difference) and self.difference <= self.limit
-
-
-@dataclass(frozen=True)
 class ImportSource:
     """Weights as read, and how to compare them with where they come from."""
 
@@ -93,7 +76,7 @@ class ImportSource:
     back: Callable[[ModelWeights], Mapping[str, Tensor]] = lambda weights: {}
     """Converts ``weights`` back to the source's names."""
 
-    def checks(self) -> dict[str, Check]:
+    def measurements(self) -> dict[str, Measurement]:
         """Return how far the weights are from where they come from; empty if they are this model's own.
 
         By library: its own code's features from ours, on the same images. ``round_trip``: the source's tensors from
@@ -104,10 +87,9 @@ class ImportSource:
         # The only part that runs the model, and so needs megatron-core.
         from lcl_megatron.checkpoint.convert.parity import compare_features
 
-        difference, largest = compare_features(self.stock(), self.weights)
         return {
-            self.library: Check(difference, FEATURE_TOLERANCE * max(1.0, largest)),
-            "round_trip": Check(largest_difference(self.back(self.weights), self.original)),
+            self.library: compare_features(self.stock(), self.weights),
+            "round_trip": Measurement.of_weights(self.back(self.weights), self.original),
         }
 
 
@@ -172,7 +154,7 @@ def official_source(path: str | Path, heads: Heads) -> ImportSource:
 
 def import_weights(
     source: str, output: str | Path, options: ImportOptions, verify: bool = False
-) -> tuple[ModelWeights, dict[str, Check]]:
+) -> tuple[ModelWeights, dict[str, Measurement]]:
     """Write a source as a weights folder.
 
     Args:
@@ -182,24 +164,24 @@ def import_weights(
         verify: compare with the source, before anything is changed, and with what was written.
 
     Returns:
-        The weights as written, and by name what was compared (see ``ImportSource.checks``; ``written``: the files with
-        the weights); nothing was compared without ``verify``.
+        The weights as written, and by name what was compared (see ``ImportSource.measurements``; ``written``: the files
+        with the weights); nothing was compared without ``verify``.
 
     Raises:
         CheckpointError, LibraryError: see ``read_source``; or ``output`` exists.
     """
     read = read_source(source, options.heads)
-    checks = read.checks() if verify else {}
+    measurements = read.measurements() if verify else {}
     weights = only_parts(read.weights, options.parts) if options.parts else read.weights
     if options.image_size:
         weights = for_image_size(weights, options.image_size)
     write_weights(weights, output)
     if verify:
-        checks["written"] = Check(largest_difference(read_weights(output).state, weights.state))
-    return weights, checks
+        measurements["written"] = Measurement.of_weights(read_weights(output).state, weights.state)
+    return weights, measurements
 
 
-def check_released_file(path: str | Path, weights: ModelWeights, precision: Precision) -> dict[str, Check]:
+def measure_released_file(path: str | Path, weights: ModelWeights, precision: Precision) -> dict[str, Measurement]:
     """Compare a file that ``write_official`` wrote with the weights, and open_clip's features of it with ours.
 
     Args:
@@ -219,19 +201,7 @@ def check_released_file(path: str | Path, weights: ModelWeights, precision: Prec
     )
     written = official_source(path, heads)
     expected = {name: tensor.to(DTYPES[precision]) for name, tensor in official_state(weights).items()}
-    return {**written.checks(), "written": Check(largest_difference(written.original, expected))}
-
-
-def largest_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """Return the largest absolute difference between tensors of the same names.
-
-    Infinity if names or shapes differ, or a value is NaN, even in both.
-    """
-    if found.keys() != expected.keys() or any(found[name].shape != expected[name].shape for name in found):
-        return float("inf")
-    differences = (float((found[name].float() - expected[name].float()).abs().max()) for name in found)
-    # NaN is larger than nothing, so that another tensor's difference would hide it.
-    return max(float("inf") if math.isnan(difference) else difference for difference in differences)
+    return {**written.measurements(), "written": Measurement.of_weights(written.original, expected)}
 
 
 def only_parts(weights: ModelWeights, parts: Sequence[str]) -> ModelWeights:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lcl_megatron.checkpoint.convert.measurement import Measurement
 from lcl_megatron.checkpoint.convert.stock_tower import StockTower
 from lcl_megatron.checkpoint.weights import ModelWeights
 from lcl_megatron.config import ParallelConfig
@@ -37,14 +38,10 @@ def tower_features(weights: ModelWeights, images: Tensor) -> Tensor:
     return features
 
 
-def compare_features(stock: StockTower, weights: ModelWeights) -> tuple[float, float]:
-    """Return the largest absolute difference between the library's features and ours, and the largest feature.
-
-    Both see two images of normal noise.
-    """
+def compare_features(stock: StockTower, weights: ModelWeights) -> Measurement:
+    """Return how far our features are from the library's; both see two images of normal noise."""
     size = stock.vision.image_size
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         theirs = stock.features(images)
-    ours = tower_features(weights, images)
-    return float((ours - theirs).abs().max()), float(theirs.abs().max())
+    return Measurement.of_outputs(stock.library, tower_features(weights, images), theirs)

@@ -8,10 +8,10 @@ handed to other images: what a model gains by knowing how captions read, without
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,17 +19,17 @@ from lcl_megatron.evaluation.captioning.annotations import CaptionedImage, read_
 from lcl_megatron.evaluation.captioning.predictions import write_predictions
 from lcl_megatron.evaluation.captioning.scores import BLEU, CIDER, CaptionScores, check_scorer, score_captions
 from lcl_megatron.evaluation.transfer.caption_sets import CaptionedSet
-from lcl_megatron.evaluation.transfer.fit import Curve, FitConfig
+from lcl_megatron.evaluation.transfer.fit import FitConfig
 from lcl_megatron.evaluation.transfer.image_sets import FolderImages, ImageSet
-from lcl_megatron.evaluation.transfer.results import MetricSummary, TaskResult, summarize, versions
-from lcl_megatron.evaluation.transfer.session import Mode, Session, digest
+from lcl_megatron.evaluation.transfer.results import MetricSummary, TaskResult, Trial, summarize
+from lcl_megatron.evaluation.transfer.session import FitIdentity, Mode, Session, digest
 from lcl_megatron.evaluation.vision_language.answering import answer_prompts
-from lcl_megatron.evaluation.vision_language.assembly import Assembled, Recipe, assemble, load_model, save_model
+from lcl_megatron.evaluation.vision_language.assembly import Assembled, Recipe, assemble
+from lcl_megatron.evaluation.vision_language.exam import Trained, score_saved, score_trained
 from lcl_megatron.evaluation.vision_language.model import Generation, Part
-from lcl_megatron.evaluation.vision_language.naming import model_name, state_file
 from lcl_megatron.evaluation.vision_language.pixels import ImageFit
 from lcl_megatron.evaluation.vision_language.sequences import PLACEHOLDER, Piece, SequenceBuilder, TokenSequence
-from lcl_megatron.evaluation.vision_language.training import train_parts
+from lcl_megatron.evaluation.vision_language.training import Stage, train_stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,47 +163,38 @@ def caption(
         EncoderError, AssemblyError, DataError, CaptionScoreError, DivergenceError: see there.
     """
     check_scorer()
-    begin = time.monotonic()
-    curves: dict[str, Curve] = {}
-    scores: dict[str, dict[int, Scored]] = {test.name: {} for test in tests}
     recipe = Recipe(spec, language_model, settings.connector_layers, settings.max_length, settings.image_fit)
-    drop_path_rate = settings.drop_path_rate if mode == "full" else 0.0
-    trained_on = session.replicas.from_first(digest(recipe, *train.contents(), drop_path_rate, settings.prompt))
-    for seed in seeds:
-        assembled = assemble(recipe, session.replicas.device, seed, drop_path_rate)
-        if seed == seeds[0]:
-            description = session.replicas.from_first(assembled.encoder.describe())
-        name = model_name("captioning", assembled.encoder.name, mode, seed)
+    return score_trained(
+        Trial("captioning", mode, dataclasses.asdict(settings) | {"language_model": language_model}),
+        _Training(recipe, train, settings, mode, session).model,
+        seeds,
+        [_Exam(test, settings, session) for test in tests],
+        {"train": train.source, "train_images": len(train), "left_out": dict(train.left_out)},
+    )
+
+
+@dataclass(frozen=True)
+class _Training:
+    """How the models of one encoder come to be."""
+
+    recipe: Recipe
+    train: CaptionedSet
+    settings: CaptioningSettings
+    mode: Mode
+    session: Session
+
+    def model(self, seed: int) -> Trained:
+        """Return the model of a seed, trained."""
+        settings, train = self.settings, self.train
+        drop_path_rate = settings.drop_path_rate if self.mode == "full" else 0.0
+        assembled = assemble(self.recipe, self.session.replicas.device, seed, drop_path_rate)
+        encoder = self.session.replicas.from_first(assembled.encoder.describe())
+        trained_on = digest("captioning", self.recipe, *train.contents(), drop_path_rate, settings.prompt)
+        fit = FitIdentity(encoder, self.mode, seed, trained_on)
+        stage = Stage("captioning", "captions", settings.parts(self.mode), settings.fit, fit, settings.save_model)
         texts = CaptionTexts.of(train, assembled.builder, settings.prompt)
-        session.say(f"{name}: {settings.fit.steps} steps of {settings.fit.batch_size} of {len(texts):,} captions")
-        curves[str(seed)] = train_parts(
-            assembled,
-            settings.parts(mode),
-            texts,
-            settings.fit,
-            session.replicas,
-            seed=seed,
-            state_file=state_file(session.output, name, description, trained_on),
-        )
-        if settings.save_model and session.replicas.is_first:
-            save_model(assembled, session.output / "models" / name)
-        for test in tests:
-            scores[test.name][seed] = _score(assembled, test, settings, session, name)
-    data = {"train": train.source, "train_images": len(train), "left_out": dict(train.left_out)}
-    return [
-        TaskResult(
-            task="captioning",
-            encoder=description,
-            mode=mode,
-            data=data | {"test": test.name, "test_images": len(test.entries)},
-            settings=dataclasses.asdict(settings) | {"language_model": language_model},
-            metrics=_metrics(scores[test.name]),
-            curves=curves,
-            versions=versions(),
-            seconds=time.monotonic() - begin,
-        )
-        for test in tests
-    ]
+        curve = train_stage(assembled, stage, texts, self.session)
+        return Trained(assembled, stage.model_name, encoder, {str(seed): curve})
 
 
 def score_model(
@@ -221,26 +212,8 @@ def score_model(
         AssemblyError, EncoderError, DataError, CaptionScoreError: see there.
     """
     check_scorer()
-    results = []
-    assembled = load_model(folder, session.replicas.device)
-    description = session.replicas.from_first(assembled.encoder.describe())
-    for test in tests:
-        begin = time.monotonic()
-        scored = _score(assembled, test, settings, session, folder.name)
-        results.append(
-            TaskResult(
-                task="captioning",
-                encoder=description | {"name": folder.name},
-                mode="",
-                data={"test": test.name, "test_images": len(test.entries)},
-                settings=dataclasses.asdict(settings) | {"language_model": assembled.recipe.language_model},
-                metrics=_metrics({0: scored}),
-                curves={},
-                versions=versions(),
-                seconds=time.monotonic() - begin,
-            )
-        )
-    return results
+    exams = [_Exam(test, settings, session) for test in tests]
+    return score_saved("captioning", folder, exams, dataclasses.asdict(settings), session)
 
 
 @dataclass(frozen=True)
@@ -253,28 +226,45 @@ class Scored:
     """Scores of the same captions on other images."""
 
 
-def _score(
-    assembled: Assembled, test: CaptionTest, settings: CaptioningSettings, session: Session, name: str
-) -> Scored:
-    """Write captions for a test set, to a file too, and score them on the first rank."""
-    how = Generation(settings.max_new_tokens, settings.num_beams, settings.length_penalty)
-    prompt = assembled.builder.build([Piece(PLACEHOLDER + settings.prompt)], 1)
-    captions = answer_prompts(
-        assembled,
-        [(prompt, (image,)) for image in range(len(test.entries))],
-        test.images,
-        how,
-        session.replicas,
-        batch_size=settings.eval_batch_size,
-        bf16=settings.fit.precision == "bf16",
-    )
-    scored = None
-    if session.replicas.is_first:
-        write_predictions(test.entries, captions, session.output / "predictions" / f"{name}-{test.name}.json")
-        scored = score_test(test.entries, captions)
-    found = session.replicas.from_first(scored)
-    assert found is not None
-    return found
+@dataclass(frozen=True)
+class _Exam:
+    """A test set, and how captions are written for it."""
+
+    test: CaptionTest
+    settings: CaptioningSettings
+    session: Session
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return {"test": self.test.name, "test_images": len(self.test.entries)}
+
+    def take(self, assembled: Assembled, name: str) -> Scored:
+        """Write captions, to a file too, and score them on the first rank."""
+        settings, replicas, entries = self.settings, self.session.replicas, self.test.entries
+        prompt = assembled.builder.build([Piece(PLACEHOLDER + settings.prompt)], 1)
+        captions = answer_prompts(
+            assembled,
+            [(prompt, (image,)) for image in range(len(entries))],
+            self.test.images,
+            Generation(settings.max_new_tokens, settings.num_beams, settings.length_penalty),
+            replicas,
+            batch_size=settings.eval_batch_size,
+            bf16=settings.fit.precision == "bf16",
+        )
+        scored = None
+        if replicas.is_first:
+            write_predictions(entries, captions, self.session.output / "predictions" / f"{name}-{self.test.name}.json")
+            scored = score_test(entries, captions)
+        found = replicas.from_first(scored)
+        assert found is not None
+        return found
+
+    def metrics(self, by_seed: Mapping[int, Scored]) -> tuple[MetricSummary, ...]:
+        """Return CIDEr and BLEU times 100, as papers print them, and CIDEr of every domain."""
+        first = next(iter(by_seed.values()))
+        wanted = [("", CIDER), *(("", name) for name in reversed(BLEU))]
+        wanted += [(domain, CIDER) for domain in first.scores if domain]
+        return tuple(_summary(domain, name, by_seed) for domain, name in wanted)
 
 
 def score_test(entries: Sequence[CaptionedImage], captions: Sequence[str]) -> Scored:
@@ -294,14 +284,6 @@ def score_test(entries: Sequence[CaptionedImage], captions: Sequence[str]) -> Sc
     exchanged[circle] = np.roll(circle, 1)
     blind = score_captions([captions[index] for index in exchanged], [entry.captions for entry in entries])
     return Scored(scores, blind.values)
-
-
-def _metrics(by_seed: Mapping[int, Scored]) -> tuple[MetricSummary, ...]:
-    """Return CIDEr and BLEU times 100, as papers print them, and CIDEr of every domain."""
-    first = next(iter(by_seed.values()))
-    wanted = [("", CIDER), *(("", name) for name in reversed(BLEU))]
-    wanted += [(domain, CIDER) for domain in first.scores if domain]
-    return tuple(_summary(domain, name, by_seed) for domain, name in wanted)
 
 
 def _summary(domain: str, name: str, by_seed: Mapping[int, Scored]) -> MetricSummary:

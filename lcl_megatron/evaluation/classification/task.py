@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +17,13 @@ from lcl_megatron.evaluation.encoders.load import load_encoder
 from lcl_megatron.evaluation.transfer.accuracy import RANKS, top_hits, top_metrics
 from lcl_megatron.evaluation.transfer.augmentation import CropAndFlip
 from lcl_megatron.evaluation.transfer.feature_cache import evaluation_reader
-from lcl_megatron.evaluation.transfer.fit import Curve, Draw, FitConfig, LossSum, PreparedLoss, fit
+from lcl_megatron.evaluation.transfer.fit import Curve, Draw, FitConfig, LossSum, PreparedLoss
 from lcl_megatron.evaluation.transfer.frozen_features import FeatureSource, LiveFeatures, open_features
 from lcl_megatron.evaluation.transfer.heads import Classifier
 from lcl_megatron.evaluation.transfer.image_sets import PixelReader
 from lcl_megatron.evaluation.transfer.labelled_sets import LabelledSet, describe_splits
-from lcl_megatron.evaluation.transfer.results import TaskResult, versions
-from lcl_megatron.evaluation.transfer.session import Mode, Session, digest
+from lcl_megatron.evaluation.transfer.results import TaskResult, Trial
+from lcl_megatron.evaluation.transfer.session import FitIdentity, Mode, Session, digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +81,7 @@ def classify(
     Raises:
         EncoderError, DataError, DivergenceError, FeatureError: see there.
     """
-    begin = time.monotonic()
+    trial = Trial("classification", mode, dataclasses.asdict(settings))
     encoder = load_encoder(spec).to(session.replicas.device).requires_grad_(False)
     description = session.replicas.from_first(encoder.describe())
     sources = None
@@ -91,25 +90,15 @@ def classify(
         sources = tuple(
             open_features(encoder, split.images, session, precision, settings.max_cache_gib) for split in (train, test)
         )
-    curves: dict[str, Curve] = {}
     hits: dict[int, np.ndarray] = {}
     for seed in seeds:
         session.say(
             f"{encoder.name} {mode}: seed {seed}, {settings.fit.steps} steps of {settings.fit.batch_size} images"
         )
         fitted = _Fitted(spec, description, train, test, settings, seed, session)
-        curves[str(seed)], hits[seed] = fitted.frozen(encoder, *sources) if sources else fitted.full()
-    return TaskResult(
-        task="classification",
-        encoder=description,
-        mode=mode,
-        data=describe_splits(train, test),
-        settings=dataclasses.asdict(settings),
-        metrics=top_metrics(hits, test.labels, len(train.classes)),
-        curves=curves,
-        versions=versions(),
-        seconds=time.monotonic() - begin,
-    )
+        trial.curves[str(seed)], hits[seed] = fitted.frozen(encoder, *sources) if sources else fitted.full()
+    metrics = top_metrics(hits, test.labels, len(train.classes))
+    return trial.result(description, describe_splits(train, test), metrics)
 
 
 @dataclass(frozen=True)
@@ -130,7 +119,7 @@ class _Fitted:
         loss = PreparedLoss(
             lambda part: train.read(part.indices), lambda part, read: self._loss(head(train.features(read)), part)
         )
-        curve = self._fit(head, loss, "frozen", ())
+        curve = self.session.fit(head, loss, len(self.train.images), self.settings.fit, self._identity("frozen"))
         return curve, self._score(lambda indices: head(test.features(test.read(indices))))
 
     def full(self) -> tuple[Curve, np.ndarray]:
@@ -143,7 +132,9 @@ class _Fitted:
             lambda part: reader(part.indices, part.keys),
             lambda part, pixels: self._loss(model(pixels.to(device)), part),
         )
-        curve = self._fit(model, loss, "full", encoder.parameters())
+        curve = self.session.fit(
+            model, loss, len(self.train.images), self.settings.fit, self._identity("full"), encoder.parameters()
+        )
         test = LiveFeatures(encoder, evaluation_reader(encoder, self.test.images), self.settings.fit.precision)
         return curve, self._score(lambda indices: model.head(test.features(test.read(indices))))
 
@@ -155,23 +146,12 @@ class _Fitted:
         labels = torch.from_numpy(self.train.labels[part.indices]).to(logits.device)
         return LossSum(F.cross_entropy(logits.float(), labels, reduction="sum"), len(labels))
 
-    def _fit(self, module: nn.Module, loss: PreparedLoss, mode: Mode, pretrained: Iterable[nn.Parameter]) -> Curve:
-        return fit(
-            module,
-            loss,
-            len(self.train.images),
-            self.settings.fit,
-            self.session.replicas,
-            seed=self.seed,
-            pretrained=pretrained,
-            state_file=self.session.state_file(self.description, mode, self.seed, self._trained_on()),
-        )
-
-    def _trained_on(self) -> str:
+    def _identity(self, mode: Mode) -> FitIdentity:
         settings = self.settings
-        return digest(
+        trained_on = digest(
             "classification", *self.train.contents(), settings.drop_path_rate, settings.crop_scale, settings.flip
         )
+        return FitIdentity(self.description, mode, self.seed, trained_on)
 
     @torch.no_grad()
     def _score(self, logits_of: Callable[[np.ndarray], Tensor]) -> np.ndarray:

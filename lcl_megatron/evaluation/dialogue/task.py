@@ -8,7 +8,6 @@ answered, and the answers written in the form that each of them takes.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,15 +28,15 @@ from lcl_megatron.evaluation.dialogue.conversations import (
 )
 from lcl_megatron.evaluation.transfer.fit import Curve, FitConfig
 from lcl_megatron.evaluation.transfer.image_sets import FolderImages, ImageSet
-from lcl_megatron.evaluation.transfer.results import MetricSummary, TaskResult, UnitScores, summarize, versions
-from lcl_megatron.evaluation.transfer.session import Mode, Session, digest
+from lcl_megatron.evaluation.transfer.results import MetricSummary, TaskResult, Trial, UnitScores, summarize
+from lcl_megatron.evaluation.transfer.session import FitIdentity, Mode, Session, digest
 from lcl_megatron.evaluation.vision_language.answering import answer_prompts
-from lcl_megatron.evaluation.vision_language.assembly import Assembled, Recipe, assemble, load_model, save_model
+from lcl_megatron.evaluation.vision_language.assembly import Assembled, Recipe, assemble, load_model
+from lcl_megatron.evaluation.vision_language.exam import Trained, score_saved, score_trained
 from lcl_megatron.evaluation.vision_language.model import Generation, Part
-from lcl_megatron.evaluation.vision_language.naming import model_name, state_file
 from lcl_megatron.evaluation.vision_language.pixels import ImageFit
 from lcl_megatron.evaluation.vision_language.sequences import SequenceBuilder, TokenSequence
-from lcl_megatron.evaluation.vision_language.training import train_parts
+from lcl_megatron.evaluation.vision_language.training import Stage, train_stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,51 +180,72 @@ def converse(
     Raises:
         EncoderError, AssemblyError, DataError, ConversationError, DivergenceError: see there.
     """
-    begin = time.monotonic()
-    curves: dict[str, Curve] = {}
-    scores: dict[str, dict[int, Score]] = {run.name: {} for run in data.benchmarks}
     recipe = Recipe(spec, language_model, settings.connector_layers, settings.max_length, settings.image_fit)
-    drop_path_rate = settings.drop_path_rate if mode == "full" else 0.0
-    for seed in seeds:
-        if aligned is None:
-            assembled = assemble(recipe, session.replicas.device, seed, drop_path_rate)
-        else:
-            assembled = load_model(
-                aligned,
-                session.replicas.device,
-                drop_path_rate,
-                lambda saved: dataclasses.replace(saved, max_length=settings.max_length, image_fit=settings.image_fit),
-            )
-            require(
-                (assembled.recipe.encoder, assembled.recipe.language_model) == (spec, language_model),
-                f"{aligned} was aligned with encoder {assembled.recipe.encoder!r} and language model "
-                f"{assembled.recipe.language_model!r}; give the same ones",
-            )
-        if seed == seeds[0]:
-            description = session.replicas.from_first(assembled.encoder.describe())
-        if data.alignment is not None:
-            curves[f"{seed} alignment"] = _train(
-                assembled, data.alignment, "plain", ("connector",), settings, mode, seed, session
-            )
-        parts: tuple[Part, ...] = ("connector", "language_model", *(("encoder",) if mode == "full" else ()))
-        curves[str(seed)] = _train(assembled, data.tuning, "vicuna_v1", parts, settings, mode, seed, session)
-        name = model_name("dialogue", assembled.encoder.name, mode, seed)
-        for run in data.benchmarks:
-            scores[run.name][seed] = _ask(assembled, run, settings, session, name)
-    return [
-        TaskResult(
-            task="dialogue",
-            encoder=description,
-            mode=mode,
-            data=data.describe() | {"test": run.name, "test_questions": len(run.questions)},
-            settings=dataclasses.asdict(settings) | {"language_model": language_model},
-            metrics=_metrics(scores[run.name]),
-            curves=curves,
-            versions=versions(),
-            seconds=time.monotonic() - begin,
+    return score_trained(
+        Trial("dialogue", mode, dataclasses.asdict(settings) | {"language_model": language_model}),
+        _Training(recipe, aligned, data, settings, mode, session).model,
+        seeds,
+        [_Exam(run, settings, session) for run in data.benchmarks],
+        data.describe(),
+    )
+
+
+@dataclass(frozen=True)
+class _Training:
+    """How the models of one encoder come to be."""
+
+    recipe: Recipe
+    aligned: Path | None
+    data: DialogueData
+    settings: DialogueSettings
+    mode: Mode
+    session: Session
+
+    def model(self, seed: int) -> Trained:
+        """Return the model after both stages, or after the second one of a model that was aligned before."""
+        settings, assembled = self.settings, self._start(seed)
+        encoder = self.session.replicas.from_first(assembled.encoder.describe())
+        curves: dict[str, Curve] = {}
+        if (data := self.data.alignment) is not None:
+            fit = self._identity("alignment", data, assembled, encoder, seed)
+            stage = Stage("alignment", "conversations", ("connector",), settings.alignment, fit, settings.save_model)
+            texts = data.texts("plain", assembled.builder)
+            curves[f"{seed} alignment"] = train_stage(assembled, stage, texts, self.session)
+        data = self.data.tuning
+        parts: tuple[Part, ...] = ("connector", "language_model", *(("encoder",) if self.mode == "full" else ()))
+        fit = self._identity("dialogue", data, assembled, encoder, seed)
+        stage = Stage("dialogue", "conversations", parts, settings.tuning, fit, settings.save_model)
+        curves[str(seed)] = train_stage(assembled, stage, data.texts("vicuna_v1", assembled.builder), self.session)
+        return Trained(assembled, stage.model_name, encoder, curves)
+
+    def _start(self, seed: int) -> Assembled:
+        """Return a model that has not been trained, or that of an earlier call's stage 1."""
+        device, recipe = self.session.replicas.device, self.recipe
+        drop_path_rate = self.settings.drop_path_rate if self.mode == "full" else 0.0
+        if self.aligned is None:
+            return assemble(recipe, device, seed, drop_path_rate)
+        assembled = load_model(
+            self.aligned,
+            device,
+            drop_path_rate,
+            lambda saved: dataclasses.replace(saved, max_length=recipe.max_length, image_fit=recipe.image_fit),
         )
-        for run in data.benchmarks
-    ]
+        found = assembled.recipe
+        require(
+            (found.encoder, found.language_model) == (recipe.encoder, recipe.language_model),
+            f"{self.aligned} was aligned with encoder {found.encoder!r} and language model "
+            f"{found.language_model!r}; give the same ones",
+        )
+        return assembled
+
+    def _identity(
+        self, stage: str, data: ConversationSet, assembled: Assembled, encoder: dict[str, Any], seed: int
+    ) -> FitIdentity:
+        # The connector tells what was done before: it begins as stage 1, or the model of an earlier call, has left it.
+        connector = [parameter.detach().cpu().numpy().tobytes() for parameter in assembled.model.connector.parameters()]
+        recipe = dataclasses.replace(assembled.recipe, encoder="")
+        trained_on = digest(stage, recipe, self.settings.drop_path_rate, data.conversations, connector)
+        return FitIdentity(encoder, self.mode, seed, trained_on)
 
 
 def score_model(
@@ -242,78 +262,62 @@ def score_model(
     Raises:
         AssemblyError, EncoderError, DataError: see there.
     """
-    assembled = load_model(folder, session.replicas.device)
-    description = session.replicas.from_first(assembled.encoder.describe())
-    results = []
-    for run in benchmarks:
-        begin = time.monotonic()
-        score = _ask(assembled, run, settings, session, folder.name)
-        results.append(
-            TaskResult(
-                task="dialogue",
-                encoder=description | {"name": folder.name},
-                mode="",
-                data={"test": run.name, "test_questions": len(run.questions)},
-                settings=dataclasses.asdict(settings) | {"language_model": assembled.recipe.language_model},
-                metrics=_metrics({0: score}),
-                curves={},
-                versions=versions(),
-                seconds=time.monotonic() - begin,
+    exams = [_Exam(run, settings, session) for run in benchmarks]
+    return score_saved("dialogue", folder, exams, dataclasses.asdict(settings), session)
+
+
+@dataclass(frozen=True)
+class _Exam:
+    """A benchmark, and how it is answered."""
+
+    run: BenchmarkRun
+    settings: DialogueSettings
+    session: Session
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return {"test": self.run.name, "test_questions": len(self.run.questions)}
+
+    def take(self, assembled: Assembled, name: str) -> Score:
+        """Answer the questions, write the answer files, and return the scores."""
+        run = self.run
+        answers = self._answers(assembled, np.arange(len(run.questions)))
+        if self.session.replicas.is_first:
+            folder = self.session.output / "answers" / name / run.name
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in run.benchmark.write(run.questions, answers, folder):
+                self.session.say(f"wrote {path}")
+        score = run.benchmark.score(run.questions, answers)
+        if self.settings.other_images and score:
+            blind = self._answers(assembled, other_images(run))
+            measures = run.benchmark.score(run.questions, blind)
+            main = next(iter(score))
+            score |= {f"{main}, other images": measures[main]}
+        return score
+
+    def metrics(self, by_seed: Mapping[int, Score]) -> tuple[MetricSummary, ...]:
+        """Return a summary of every measure; nothing where only a server can tell."""
+        first = next(iter(by_seed.values()))
+        return tuple(_summary(name, {seed: score[name] for seed, score in by_seed.items()}) for name in first)
+
+    def _answers(self, assembled: Assembled, images: np.ndarray) -> list[str]:
+        run, settings = self.run, self.settings
+        prompts = [
+            (
+                assembled.builder.build(question_pieces(question.text, question.has_image), int(question.has_image)),
+                (int(images[index]),) if question.has_image else (),
             )
+            for index, question in enumerate(run.questions)
+        ]
+        return answer_prompts(
+            assembled,
+            prompts,
+            run.images,
+            Generation(run.benchmark.max_new_tokens, settings.num_beams),
+            self.session.replicas,
+            batch_size=settings.eval_batch_size,
+            bf16=settings.tuning.precision == "bf16",
         )
-    return results
-
-
-def _train(
-    assembled: Assembled,
-    data: ConversationSet,
-    template: Template,
-    parts: tuple[Part, ...],
-    settings: DialogueSettings,
-    mode: Mode,
-    seed: int,
-    session: Session,
-) -> Curve:
-    """Train one stage and save the model."""
-    stage = "alignment" if template == "plain" else "dialogue"
-    config = settings.alignment if template == "plain" else settings.tuning
-    name = model_name(stage, assembled.encoder.name, mode, seed)
-    description = session.replicas.from_first(assembled.encoder.describe())
-    # The connector tells what was done before: it begins as stage 1, or the model of an earlier call, has left it.
-    connector = [parameter.detach().cpu().numpy().tobytes() for parameter in assembled.model.connector.parameters()]
-    recipe = dataclasses.replace(assembled.recipe, encoder="")
-    trained_on = session.replicas.from_first(digest(recipe, settings.drop_path_rate, data.conversations, connector))
-    session.say(f"{name}: {config.steps} steps of {config.batch_size} of {len(data.conversations):,} conversations")
-    curve = train_parts(
-        assembled,
-        parts,
-        data.texts(template, assembled.builder),
-        config,
-        session.replicas,
-        seed=seed,
-        state_file=state_file(session.output, name, description, trained_on),
-    )
-    if settings.save_model and session.replicas.is_first:
-        save_model(assembled, session.output / "models" / name)
-    session.replicas.barrier()
-    return curve
-
-
-def _ask(assembled: Assembled, run: BenchmarkRun, settings: DialogueSettings, session: Session, name: str) -> Score:
-    """Answer a benchmark, write the answer files, and return its scores."""
-    answers = _answers(assembled, run, settings, session, np.arange(len(run.questions)))
-    if session.replicas.is_first:
-        folder = session.output / "answers" / name / run.name
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in run.benchmark.write(run.questions, answers, folder):
-            session.say(f"wrote {path}")
-    score = run.benchmark.score(run.questions, answers)
-    if settings.other_images and score:
-        blind = _answers(assembled, run, settings, session, other_images(run))
-        measures = run.benchmark.score(run.questions, blind)
-        main = next(iter(score))
-        score |= {f"{main}, other images": measures[main]}
-    return score
 
 
 def other_images(run: BenchmarkRun) -> np.ndarray:
@@ -324,33 +328,6 @@ def other_images(run: BenchmarkRun) -> np.ndarray:
     circle = np.random.default_rng(0).permutation(seeing)
     numbers[circle] = np.roll(circle, 1)
     return numbers
-
-
-def _answers(
-    assembled: Assembled, run: BenchmarkRun, settings: DialogueSettings, session: Session, images: np.ndarray
-) -> list[str]:
-    prompts = [
-        (
-            assembled.builder.build(question_pieces(question.text, question.has_image), int(question.has_image)),
-            (int(images[index]),) if question.has_image else (),
-        )
-        for index, question in enumerate(run.questions)
-    ]
-    return answer_prompts(
-        assembled,
-        prompts,
-        run.images,
-        Generation(run.benchmark.max_new_tokens, settings.num_beams),
-        session.replicas,
-        batch_size=settings.eval_batch_size,
-        bf16=settings.tuning.precision == "bf16",
-    )
-
-
-def _metrics(by_seed: Mapping[int, Score]) -> tuple[MetricSummary, ...]:
-    """Return a summary of every measure; nothing where only a server can tell."""
-    first = next(iter(by_seed.values()))
-    return tuple(_summary(name, {seed: score[name] for seed, score in by_seed.items()}) for name in first)
 
 
 def _summary(name: str, measures: Mapping[int, Any]) -> MetricSummary:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,7 +12,7 @@ from lcl_megatron.evaluation.transfer.feature_cache import evaluation_reader
 from lcl_megatron.evaluation.transfer.frozen_features import LiveFeatures
 from lcl_megatron.evaluation.transfer.image_sets import ImageSet
 from lcl_megatron.evaluation.transfer.labelled_sets import LabelledSet, describe_splits
-from lcl_megatron.evaluation.transfer.results import TaskResult, UnitScores, summarize_units, versions
+from lcl_megatron.evaluation.transfer.results import TaskResult, Trial, UnitScores, summarize_units
 from lcl_megatron.evaluation.transfer.session import Session
 
 BATCH_SIZE = 64
@@ -36,7 +34,7 @@ def probe(spec: str, train: LabelledSet, test: LabelledSet, session: Session) ->
 
     Parallel: ranks share the encoding; each fits the same classifiers.
     """
-    begin = time.monotonic()
+    trial = Trial("probe", "", {"feature": "mean over patches"})
     encoder = load_encoder(spec).to(session.replicas.device).requires_grad_(False)
     session.say(f"{encoder.name}: probes fitted on {len(train.images):,} images, scored on {len(test.images):,}")
 
@@ -54,20 +52,12 @@ def probe(spec: str, train: LabelledSet, test: LabelledSet, session: Session) ->
         return session.replicas.gather_shares(torch.cat(found), len(images)).cpu()
 
     report = probe_encoder(encoder.name, examples(train), examples(test))
-    return TaskResult(
-        task="probe",
-        encoder=session.replicas.from_first(encoder.describe()),
-        mode="",
-        data=describe_splits(train, test),
-        settings={"feature": "mean over patches", "linear_l2": report.linear_l2},
-        metrics=tuple(
-            summarize_units(name, {0: _unit_scores(accuracy)}, report.chance)
-            for name, accuracy in (("linear probe", report.linear), ("k-NN", report.knn))
-        ),
-        curves={},
-        versions=versions(),
-        seconds=time.monotonic() - begin,
+    trial.settings["linear_l2"] = report.linear_l2
+    metrics = tuple(
+        summarize_units(name, {0: _unit_scores(accuracy)}, report.chance)
+        for name, accuracy in (("linear probe", report.linear), ("k-NN", report.knn))
     )
+    return trial.result(session.replicas.from_first(encoder.describe()), describe_splits(train, test), metrics)
 
 
 def _unit_scores(accuracy: Accuracy) -> UnitScores:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,12 +34,12 @@ from lcl_megatron.evaluation.retrieval.text_encoder import (
 from lcl_megatron.evaluation.transfer.augmentation import CropAndFlip
 from lcl_megatron.evaluation.transfer.caption_sets import CaptionedSet
 from lcl_megatron.evaluation.transfer.feature_cache import encode, evaluation_reader
-from lcl_megatron.evaluation.transfer.fit import Curve, Draw, FitConfig, LossSum, PreparedLoss, fit
+from lcl_megatron.evaluation.transfer.fit import Curve, Draw, FitConfig, LossSum, PreparedLoss
 from lcl_megatron.evaluation.transfer.frozen_features import open_features
 from lcl_megatron.evaluation.transfer.heads import AttentionPool
 from lcl_megatron.evaluation.transfer.image_sets import PixelReader
-from lcl_megatron.evaluation.transfer.results import TaskResult, UnitScores, summarize_units, versions
-from lcl_megatron.evaluation.transfer.session import Mode, Session, digest
+from lcl_megatron.evaluation.transfer.results import MetricSummary, TaskResult, Trial, UnitScores, summarize_units
+from lcl_megatron.evaluation.transfer.session import FitIdentity, Mode, Session, digest
 from lcl_megatron.evaluation.transfer.streams import TransferStream
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
@@ -150,37 +149,31 @@ def retrieve(
     Raises:
         ConfigError, EncoderError, DataError, DivergenceError, FeatureError: see there.
     """
-    begin = time.monotonic()
+    trial = Trial("retrieval", mode, dataclasses.asdict(settings))
     tokenizer = open_tokenizer(Path(settings.tokenizer) if settings.tokenizer else None)
     encoder = load_encoder(spec).to(session.replicas.device).requires_grad_(False)
     description = session.replicas.from_first(encoder.describe())
-    curves: dict[str, Curve] = {}
     scores: list[dict[int, dict[str, UnitScores]]] = [{} for _ in tests]
     for seed in seeds:
         session.say(
             f"{encoder.name} {mode}: seed {seed}, {settings.fit.steps} steps of {settings.fit.batch_size} pairs"
         )
         fitted = _Fitted(spec, description, train, settings, seed, session, tokenizer)
-        model, curves[str(seed)] = fitted.frozen(encoder) if mode == "frozen" else fitted.full()
+        model, trial.curves[str(seed)] = fitted.frozen(encoder) if mode == "frozen" else fitted.full()
         for found, test in zip(scores, tests, strict=True):
             found[seed] = fitted.score(model, encoder, test)
     return [
-        TaskResult(
-            task="retrieval",
-            encoder=description,
-            mode=mode,
-            data=_data(train, test),
-            settings=dataclasses.asdict(settings),
-            metrics=tuple(
-                summarize_units(name, {seed: by_name[name] for seed, by_name in found.items()}, chance)
-                for name, chance in chance_recalls(np.array([len(texts) for texts in test.captions])).items()
-            ),
-            curves=curves,
-            versions=versions(),
-            seconds=time.monotonic() - begin,
-        )
+        trial.result(description, _data(train, test), _metrics(found, test))
         for found, test in zip(scores, tests, strict=True)
     ]
+
+
+def _metrics(scores: dict[int, dict[str, UnitScores]], test: CaptionedSet) -> tuple[MetricSummary, ...]:
+    chances = chance_recalls(np.array([len(texts) for texts in test.captions]))
+    return tuple(
+        summarize_units(name, {seed: by_name[name] for seed, by_name in scores.items()}, chance)
+        for name, chance in chances.items()
+    )
 
 
 def _data(train: CaptionedSet, test: CaptionedSet) -> dict[str, Any]:
@@ -215,7 +208,8 @@ class _Fitted:
             lambda part: (source.read(part.indices), None, self._tokens(part)),
             lambda _part, read: self._loss(model, source.features(read[0]), read[1], read[2]),
         )
-        return model, self._fit(model, loss, ())
+        curve = self.session.fit(model, loss, len(self.train), self.settings.fit, self._identity("frozen"))
+        return model, curve
 
     def full(self) -> tuple[TwoTowers, Curve]:
         """Fit everything, on augmented images; damaged ones are left out of both sides of the loss."""
@@ -227,7 +221,10 @@ class _Fitted:
             lambda part: (*reader.read_good(part.indices, part.keys, encoder.image_size), self._tokens(part)),
             lambda _part, read: self._loss(model, read[0].to(device), read[1], read[2]),
         )
-        return model, self._fit(model, loss, encoder.parameters())
+        curve = self.session.fit(
+            model, loss, len(self.train), self.settings.fit, self._identity("full"), encoder.parameters()
+        )
+        return model, curve
 
     def _new_model(self, encoder: ImageEncoder, trains: bool) -> TwoTowers:
         torch.manual_seed(self.seed)
@@ -249,24 +246,12 @@ class _Fitted:
         total = self.session.replicas.contrast(image_features, text_features, model.logit_scale, is_good)
         return LossSum(total, len(ids) if is_good is None else float(is_good.sum()))
 
-    def _fit(self, model: TwoTowers, loss: PreparedLoss, pretrained: Iterable[nn.Parameter]) -> Curve:
-        mode: Mode = "frozen" if model.encoder is None else "full"
-        return fit(
-            model,
-            loss,
-            len(self.train),
-            self.settings.fit,
-            self.session.replicas,
-            seed=self.seed,
-            pretrained=pretrained,
-            state_file=self.session.state_file(self.description, mode, self.seed, self._trained_on()),
-        )
-
-    def _trained_on(self) -> str:
+    def _identity(self, mode: Mode) -> FitIdentity:
         settings = self.settings
-        return digest(
+        trained_on = digest(
             "retrieval", *self.train.contents(), settings.drop_path_rate, settings.crop_scale, settings.tokenizer
         )
+        return FitIdentity(self.description, mode, self.seed, trained_on)
 
     @torch.no_grad()
     def score(self, model: TwoTowers, frozen: ImageEncoder, test: CaptionedSet) -> dict[str, UnitScores]:

@@ -6,7 +6,7 @@
     captions.tsv, .token  image and caption columns, or a header; Flickr30k's results_20130124.token
     00000.tar, a folder   pairs as img2dataset writes them: KEY.jpg with KEY.txt or KEY.json
 
-Test sets of captioning have a reader of their own, ``captioning/annotations.py``: predictions need the images' ids.
+Test sets are read strictly: a record that cannot be used is an error, because leaving it out would change the score.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import bisect
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from lcl_megatron.data.document import Document, Reject
+from lcl_megatron.data.document import Document
 from lcl_megatron.data.image_stores.image_folder import ImageFolder
 from lcl_megatron.data.image_stores.image_store import ImageTars, open_image_store
 from lcl_megatron.data.image_stores.tar_members import IMAGE_EXTENSIONS, MAX_TEXT_BYTES, split_name, tar_members
@@ -101,8 +101,7 @@ def open_captioned(
         files: caption files, tars, or folders of tars; see the module's text.
         image_root: what image names are relative to: a folder, or tars; not needed for tars of pairs.
         split: images of this split only, if the entries of a file name splits (dataset_coco.json); empty = all.
-        is_test: a record that cannot be used is an error, because leaving it out would change the score. In training
-            sets such records are left out and counted.
+        is_test: a record that cannot be used is an error; in training sets such records are left out and counted.
 
     Raises:
         DataError: a file is missing, has no captions, or, in a test set, a record that cannot be used.
@@ -112,7 +111,7 @@ def open_captioned(
     if not files:
         raise DataError("no caption files are given; name at least one")
     left_out: Counter[str] = Counter()
-    parts = [_open(file, image_root, split, is_test, left_out) for file in files]
+    parts = [_open(file, image_root, split, None if is_test else left_out) for file in files]
     source = ", ".join(file.name for file in files) + (f" ({split})" if split else "")
     captions = parts[0][1] if len(parts) == 1 else [texts for _, all_texts in parts for texts in all_texts]
     images = parts[0][0] if len(parts) == 1 else JoinedImages([images for images, _ in parts])
@@ -120,33 +119,62 @@ def open_captioned(
 
 
 def _open(
-    file: Path, image_root: Path | None, split: str, is_test: bool, left_out: Counter[str]
+    file: Path, image_root: Path | None, split: str, left_out: Counter[str] | None
 ) -> tuple[ImageSet, list[tuple[str, ...]]]:
-    if not file.exists():
-        raise DataError(
-            f"there is no caption file {file}; give a .json, .tsv or .token file, a .tar or a folder of tars"
-        )
+    _require_file(file)
     if file.is_dir() or file.suffix == ".tar":
         tars = sorted(file.glob("*.tar")) if file.is_dir() else [file]
-        return _open_tars(file, tars, is_test, left_out)
+        return _open_tars(file, tars, left_out)
     if image_root is None:
         raise DataError(f"{file} names images; give the folder or tars that hold them (--images)")
-    if file.suffix == ".json":
-        records = read_coco(file, splits=(split,) if split and _has_splits(file) else ())
-    else:
-        records = read_tsv(file)
-    captions = _by_image(records, is_test, left_out)
-    if not captions:
-        raise DataError(
-            f"{file} has no captions{f' of split {split!r}' if split else ''}; check the file and the split"
-        )
+    captions = read_captions(file, split, left_out)
     store, names = open_image_store(image_root, MAX_IMAGE_BYTES), tuple(captions)
     if isinstance(store, ImageFolder):
         images: ImageSet = FolderImages(image_root, names)
     else:
         assert isinstance(store, ImageTars)
         images = StoredImages(store, names)
-    return images, [tuple(texts) for texts in captions.values()]
+    return images, list(captions.values())
+
+
+def read_captions(file: Path, split: str = "", left_out: Counter[str] | None = None) -> dict[str, tuple[str, ...]]:
+    """Return the captions of each image of a file, in order of appearance.
+
+    Args:
+        file: ``.json``, or a table.
+        split: images of this split only, if the entries name splits; empty = all.
+        left_out: where records that cannot be used are counted, by reason; None = such a record is an error.
+
+    Raises:
+        DataError: the file is missing or has no captions, or a record cannot be used.
+        ConfigError: the form of the file is not known.
+        OSError: the file is damaged.
+    """
+    _require_file(file)
+    if file.suffix == ".json":
+        records = read_coco(file, splits=(split,) if split and _has_splits(file) else ())
+    else:
+        records = read_tsv(file)
+    captions: dict[str, list[str]] = {}
+    for record in records:
+        if isinstance(record, Document):
+            captions.setdefault(record.images[0].name, []).append(record.segments[0].text)
+        elif record.reason != "other split":
+            if left_out is None:
+                raise DataError(f"{record}; a test set is scored whole: repair the file")
+            left_out[record.reason] += 1
+    if not captions:
+        raise DataError(
+            f"{file} has no captions{f' of split {split!r}' if split else ''}; check the file and the split"
+        )
+    return {name: tuple(texts) for name, texts in captions.items()}
+
+
+def _require_file(file: Path) -> None:
+    if not file.exists():
+        raise DataError(
+            f"there is no caption file {file}; give a .json, .tsv or .token file, a .tar or a folder of tars"
+        )
 
 
 def _has_splits(file: Path) -> bool:
@@ -159,22 +187,7 @@ def _has_splits(file: Path) -> bool:
     return isinstance(entries, list) and any(isinstance(entry, dict) and "split" in entry for entry in entries)
 
 
-def _by_image(records: Iterable[Document | Reject], is_test: bool, left_out: Counter[str]) -> dict[str, list[str]]:
-    """Return the captions of each image, in order of appearance."""
-    captions: dict[str, list[str]] = {}
-    for record in records:
-        if isinstance(record, Document):
-            captions.setdefault(record.images[0].name, []).append(record.segments[0].text)
-        elif record.reason != "other split":
-            if is_test:
-                raise DataError(f"{record}; a test set is scored whole: repair the file")
-            left_out[record.reason] += 1
-    return captions
-
-
-def _open_tars(
-    source: Path, tars: list[Path], is_test: bool, left_out: Counter[str]
-) -> tuple[ImageSet, list[tuple[str, ...]]]:
+def _open_tars(source: Path, tars: list[Path], left_out: Counter[str] | None) -> tuple[ImageSet, list[tuple[str, ...]]]:
     """Return the pairs of tars by the places of their images; texts are read, images are not."""
     places: list[tuple[int, int, int]] = []
     captions: list[tuple[str, ...]] = []
@@ -185,7 +198,7 @@ def _open_tars(
                 captions.append((caption,))
                 continue
             reason = caption.reason if isinstance(caption, RecordError) else "no images"
-            if is_test:
+            if left_out is None:
                 raise DataError(f"{tar}: sample {key!a}: {reason}; a test set is scored whole: repair the tar")
             left_out[reason] += 1
     if not captions:

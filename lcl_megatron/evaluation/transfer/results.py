@@ -8,11 +8,10 @@ seed of the pre-training run.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch
 from scipy import stats
 
 from lcl_megatron.evaluation.transfer.fit import Curve
+from lcl_megatron.versions import software_versions
 
 FORMAT = 1
 """Of results.json."""
@@ -28,8 +28,6 @@ RESAMPLES = 1000
 """Bootstrap samples."""
 Interval = tuple[float, float]
 """Lower and upper end of a 95% interval."""
-PACKAGES = ("lcl_megatron", "torch", "timm", "transformers", "open_clip_torch", "pycocoevalcap", "numpy", "pillow")
-"""Packages whose versions a result records."""
 
 
 class ResultError(ValueError):
@@ -97,7 +95,7 @@ class TaskResult:
     curves: dict[str, Curve]
     """Training curve of every seed."""
     versions: dict[str, str]
-    """Of what ran."""
+    """``software_versions`` of what ran, and ``device``."""
     seconds: float
     """Duration, training and scoring."""
 
@@ -118,6 +116,37 @@ class TaskResult:
             for seed, entry in fields["curves"].items()
         }
         return cls(**fields | {"metrics": metrics, "curves": curves})
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One encoder at one task, from when this object is made: what its results on all test sets have in common."""
+
+    task: str
+    """e.g. ``classification``."""
+    mode: str
+    """``frozen`` or ``full``; empty where nothing is trained."""
+    settings: dict[str, Any]
+    """All settings of the task; what is found on the way is added."""
+    curves: dict[str, Curve] = field(default_factory=dict)
+    """Training curve of every seed; added when it is known."""
+    begin: float = field(default_factory=time.monotonic)
+    """When it began."""
+
+    def result(self, encoder: dict[str, Any], data: dict[str, Any], metrics: tuple[MetricSummary, ...]) -> TaskResult:
+        """Return the result on one test set, as it stands now; see ``TaskResult`` for the arguments."""
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        return TaskResult(
+            task=self.task,
+            encoder=encoder,
+            mode=self.mode,
+            data=data,
+            settings=self.settings,
+            metrics=metrics,
+            curves=self.curves,
+            versions=software_versions() | {"device": device},
+            seconds=time.monotonic() - self.begin,
+        )
 
 
 def summarize(
@@ -163,18 +192,6 @@ def summarize_units(name: str, scores: Mapping[int, UnitScores], chance: float |
 
     num_units = len(next(iter(scores.values())).sums)
     return summarize(name, {seed: s.value for seed, s in scores.items()}, resampled, num_units, chance=chance)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python, of the packages that matter and of the device."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return found
 
 
 def write_json(results: Sequence[TaskResult], path: Path) -> None:

@@ -6,18 +6,40 @@ import hashlib
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import nn
+
+from lcl_megatron.evaluation.transfer.fit import Curve, FitConfig, Loss, fit
 from lcl_megatron.evaluation.transfer.report import write_results
 from lcl_megatron.evaluation.transfer.results import TaskResult
 from lcl_megatron.parallel.replicas import Replicas, replicas_of_launcher
 
 Mode = Literal["frozen", "full"]
 """Whether the encoder stays as it is or is trained along."""
+
+
+@dataclass(frozen=True)
+class FitIdentity:
+    """Which fit it is: no other fit of a call has all of this."""
+
+    encoder: dict[str, Any]
+    """``ImageEncoder.describe()``."""
+    mode: Mode
+    """Frozen or full."""
+    seed: int
+    """Of the fit."""
+    trained_on: str
+    """``digest`` of the task, the training data and the settings that ``fit`` does not know of."""
+
+    @property
+    def name(self) -> str:
+        """``ENCODER-frozen-seed0``, with nothing in it that a file name cannot hold."""
+        return re.sub(r"[^A-Za-z0-9.-]+", "_", f"{self.encoder['name'][-100:]}-{self.mode}-seed{self.seed}")
 
 
 @dataclass(frozen=True)
@@ -35,20 +57,42 @@ class Session:
     results: list[TaskResult] = field(default_factory=list)
     """Finished encoders."""
 
-    def state_file(self, encoder: dict[str, Any], mode: Mode, seed: int, trained_on: str) -> Path:
-        """Return where a fit is saved until the call ends.
-
-        Args:
-            encoder: its description.
-            mode: frozen or full.
-            seed: of the fit.
-            trained_on: ``digest`` of the training data and of the settings that ``fit`` does not know of.
+    def state_file(self, of: FitIdentity) -> Path:
+        """Return where a fit is saved until the call ends, on all ranks as the first one says.
 
         Parallel: one broadcast.
         """
-        name = re.sub(r"[^A-Za-z0-9.-]+", "_", str(encoder["name"]))[-60:]
-        file = f"{name}-{encoder['fingerprint']}-{mode}-seed{seed}-{trained_on}.pt"
+        file = f"{of.name}-{of.encoder['fingerprint']}-{of.trained_on}.pt"
         return self.replicas.from_first(self.output / "states" / file)
+
+    def fit(
+        self,
+        module: nn.Module,
+        loss: Loss,
+        num_examples: int,
+        config: FitConfig,
+        of: FitIdentity,
+        pretrained: Iterable[nn.Parameter] = (),
+    ) -> Curve:
+        """Fit a module on all ranks; its state is saved until the call ends, and found again by the same fit.
+
+        Args:
+            module, loss, num_examples, config, pretrained: see ``fit.fit``.
+            of: which fit it is.
+
+        Raises:
+            DivergenceError, NothingToLearnError, ConfigError, OSError: see there.
+        """
+        return fit(
+            module,
+            loss,
+            num_examples,
+            config,
+            self.replicas,
+            seed=of.seed,
+            pretrained=pretrained,
+            state_file=self.state_file(of),
+        )
 
     def add(self, result: TaskResult) -> None:
         """Take a finished result; all files are written anew, so that a later failure loses nothing."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -11,9 +12,10 @@ import numpy as np
 import torch
 
 from lcl_megatron.evaluation.transfer.fit import Curve, Draw, FitConfig, LossSum, PreparedLoss, fit
-from lcl_megatron.evaluation.transfer.image_sets import ImageSet
+from lcl_megatron.evaluation.transfer.image_sets import ImageSet, PixelReader
+from lcl_megatron.evaluation.transfer.session import FitIdentity, Session
 from lcl_megatron.evaluation.vision_language.answering import pixel_reader
-from lcl_megatron.evaluation.vision_language.assembly import Assembled
+from lcl_megatron.evaluation.vision_language.assembly import Assembled, save_model
 from lcl_megatron.evaluation.vision_language.model import Part
 from lcl_megatron.evaluation.vision_language.sequences import IGNORED, SequenceBatch, TokenSequence, collate
 from lcl_megatron.parallel.replicas import Replicas
@@ -69,32 +71,16 @@ def train_parts(
     Raises:
         DivergenceError, NothingToLearnError, ConfigError, OSError: see ``fit``.
     """
-    model, reader = assembled.model, pixel_reader(assembled, texts.images)
+    model = assembled.model
     model.set_trained(parts)
-    size = assembled.encoder.image_size
+    batches = _Batches(texts, pixel_reader(assembled, texts.images), assembled.encoder.image_size)
 
-    def prepare(part: Draw) -> SequenceBatch:
-        sequences = [texts.sequence(index) for index in part.indices.tolist()]
-        # A text that was cut off has lost its last images too.
-        numbers = [
-            texts.image_numbers(index)[: sequence.num_images]
-            for index, sequence in zip(part.indices.tolist(), sequences, strict=True)
-        ]
-        flat = np.array([number for of_text in numbers for number in of_text], dtype=np.int64)
-        if not len(flat):
-            return collate(sequences, torch.zeros(0, 3, size, size, dtype=torch.uint8))
-        pixels, is_good = reader.read_good(flat, size=size)
-        owners = np.repeat(np.arange(len(numbers)), [len(of_text) for of_text in numbers])
-        for row in set(owners[~is_good.numpy()].tolist()):
-            sequences[row] = dataclasses.replace(sequences[row], labels=np.full_like(sequences[row].labels, IGNORED))
-        return collate(sequences, pixels)
-
-    def compute(_part: Draw, batch: SequenceBatch) -> LossSum:
+    def compute(_draw: Draw, batch: SequenceBatch) -> LossSum:
         return LossSum(*model.loss_sum(batch.to(replicas.device)))
 
     return fit(
         model,
-        PreparedLoss(prepare, compute),
+        PreparedLoss(batches.read, compute),
         len(texts),
         config,
         replicas,
@@ -102,3 +88,79 @@ def train_parts(
         pretrained=model.pretrained_parameters(),
         state_file=state_file,
     )
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """Texts with their images."""
+
+    texts: TrainingTexts
+    pixels: PixelReader
+    size: int
+    """Side of the images that the encoder reads, in pixels."""
+
+    def read(self, draw: Draw) -> SequenceBatch:
+        """Return some texts; nothing is learnt of one with an image that cannot be decoded."""
+        sequences = [self.texts.sequence(index) for index in draw.indices.tolist()]
+        # A text that was cut off has lost its last images too.
+        numbers = [
+            self.texts.image_numbers(index)[: sequence.num_images]
+            for index, sequence in zip(draw.indices.tolist(), sequences, strict=True)
+        ]
+        flat = np.array([number for of_text in numbers for number in of_text], dtype=np.int64)
+        if not len(flat):
+            return collate(sequences, torch.zeros(0, 3, self.size, self.size, dtype=torch.uint8))
+        pixels, is_good = self.pixels.read_good(flat, size=self.size)
+        owners = np.repeat(np.arange(len(numbers)), [len(of_text) for of_text in numbers])
+        for row in set(owners[~is_good.numpy()].tolist()):
+            sequences[row] = dataclasses.replace(sequences[row], labels=np.full_like(sequences[row].labels, IGNORED))
+        return collate(sequences, pixels)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training of a model, of which it may have several."""
+
+    name: str
+    """Begins the model's name."""
+    unit: str
+    """What a text is, in the plural; for messages."""
+    parts: tuple[Part, ...]
+    """What is trained."""
+    config: FitConfig
+    """How."""
+    fit: FitIdentity
+    """Which fit it is."""
+    saves_model: bool
+    """Whether the model is written to OUTPUT/models."""
+
+    @property
+    def model_name(self) -> str:
+        """``captioning-ENCODER-frozen-seed0``: name of the folder of the model."""
+        return f"{self.name}-{self.fit.name}"
+
+
+def train_stage(assembled: Assembled, stage: Stage, texts: TrainingTexts, session: Session) -> Curve:
+    """Train a model, and save it if the stage says so; see ``train_parts``.
+
+    Args:
+        assembled: the model, which is changed.
+        stage: what is trained, and how.
+        texts: what it is trained on.
+        session: ranks and folders.
+    """
+    config = stage.config
+    session.say(f"{stage.model_name}: {config.steps} steps of {config.batch_size} of {len(texts):,} {stage.unit}")
+    curve = train_parts(
+        assembled,
+        stage.parts,
+        texts,
+        config,
+        session.replicas,
+        seed=stage.fit.seed,
+        state_file=session.state_file(stage.fit),
+    )
+    if stage.saves_model and session.replicas.is_first:
+        save_model(assembled, session.output / "models" / stage.model_name)
+    session.replicas.barrier()
+    return curve

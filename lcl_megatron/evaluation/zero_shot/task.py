@@ -5,7 +5,6 @@ A class is the mean of the unit features of its prompts; an image belongs to the
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +17,7 @@ from torch import Tensor
 from lcl_megatron.evaluation.transfer.accuracy import top_hits, top_metrics
 from lcl_megatron.evaluation.transfer.image_sets import DataError, PixelReader
 from lcl_megatron.evaluation.transfer.labelled_sets import LabelledSet
-from lcl_megatron.evaluation.transfer.results import TaskResult, versions
+from lcl_megatron.evaluation.transfer.results import TaskResult, Trial
 
 BATCH_SIZE = 64
 """Images that are encoded at the same time."""
@@ -80,7 +79,7 @@ def zero_shot(model: TextImageModel, test: LabelledSet, names: Sequence[str], te
         DataError: an image is missing or damaged, or a template has no place for the name.
         ValueError: features are not finite.
     """
-    begin = time.monotonic()
+    trial = Trial("zero-shot", "", {"templates": list(templates)})
     if not templates or any("{}" not in template for template in templates):
         raise DataError(f"templates {list(templates)}: each needs {{}} where the name of the class stands")
     classes = torch.stack(
@@ -104,14 +103,6 @@ def zero_shot(model: TextImageModel, test: LabelledSet, names: Sequence[str], te
             )
         labels = torch.from_numpy(test.labels[indices]).to(scores.device)
         hits.append(top_hits(scores, labels).cpu())
-    return TaskResult(
-        task="zero-shot",
-        encoder=model.describe(),
-        mode="",
-        data={"test": test.source, "test_images": len(test.images), "classes": list(names)},
-        settings={"templates": list(templates)},
-        metrics=top_metrics({0: torch.cat(hits).numpy()}, test.labels, len(names)),
-        curves={},
-        versions=versions(),
-        seconds=time.monotonic() - begin,
-    )
+    metrics = top_metrics({0: torch.cat(hits).numpy()}, test.labels, len(names))
+    data = {"test": test.source, "test_images": len(test.images), "classes": list(names)}
+    return trial.result(model.describe(), data, metrics)

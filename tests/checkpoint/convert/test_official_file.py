@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lcl_megatron.checkpoint.convert.importing import check_released_file, only_parts, read_source
+from lcl_megatron.checkpoint.convert.importing import measure_released_file, only_parts, read_source
 from lcl_megatron.checkpoint.convert.official_file import (
     Heads,
     infer_config,
@@ -152,17 +152,17 @@ def test_open_clip_computes_our_features_with_layer_scale_and_without(tmp_path: 
         path = tmp_path / f"{scale}.pt"
         write_official(weights, path)
         assert ("visual.transformer.resblocks.1.ls_2.gamma" in read_official_state(path)) == (scale is not None)
-        checks = check_released_file(path, weights, "fp32")
-        assert checks["written"].difference == checks["round_trip"].difference == 0.0
-        assert 0.0 < checks["open_clip"].difference < 1e-5
+        measurements = measure_released_file(path, weights, "fp32")
+        assert measurements["written"].max_abs_difference == measurements["round_trip"].max_abs_difference == 0.0
+        assert 0.0 < measurements["open_clip"].max_abs_difference < 1e-5
         read = read_source(str(path), Heads(vision=2, pool=4, language=2))
         for name, tensor in weights.state.items():
             rows = 300 if tensor.shape[0] == 384 else None
             assert torch.equal(read.weights.state[name][:rows], tensor[:rows]), name
         name = "vision.final_layernorm.bias"
         read.weights.state[name] = read.weights.state[name] + 0.1
-        assert not read.checks()["open_clip"].passed
-        assert read.checks()["round_trip"].difference == pytest.approx(0.1, rel=1e-5)
+        assert not read.measurements()["open_clip"].passed
+        assert read.measurements()["round_trip"].max_abs_difference == pytest.approx(0.1, rel=1e-5)
 
 
 def _gelu(**language: Any) -> ModelWeights:

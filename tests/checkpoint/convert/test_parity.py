@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lcl_megatron.checkpoint.convert.export_targets import ExportSource
+from lcl_megatron.checkpoint.convert.measurement import Measurement
 from lcl_megatron.checkpoint.convert.timm_vit import architecture_of, to_timm
-from lcl_megatron.checkpoint.export import ExportReport, Measurement, export_weights
+from lcl_megatron.checkpoint.export import ExportReport, export_weights
 from lcl_megatron.checkpoint.export_check import measure, reference
 from lcl_megatron.checkpoint.parameters import parameter_shapes
 from lcl_megatron.checkpoint.stock_libraries import stock_library
@@ -145,6 +146,11 @@ def test_nan_and_lost_tensors_do_not_pass() -> None:
     assert Measurement("x", 9e-5, 10.0).passed
     assert not Measurement("x", float("nan"), 1.0).passed
     assert not Measurement("x", float("inf"), float("inf")).passed
+    assert not Measurement("x", 0.0, float("inf")).passed
+    assert not Measurement("x", 0.0, float("nan")).passed
+    assert Measurement("", 0.0, 0.0, tolerance=0.0).passed
+    assert not Measurement("", 1e-30, 0.0, tolerance=0.0).passed
+    assert not Measurement("", float("inf"), 0.0, tolerance=0.0).passed
     assert not Measurement("x", 0.0, 1.0, missing_keys=("a",)).passed
     assert not Measurement("x", 0.0, 1.0, unexpected_keys=("a",)).passed
 

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lcl_megatron.checkpoint.convert.importing import Check, largest_difference, read_source, tower_source
+from lcl_megatron.checkpoint.convert.importing import read_source, tower_source
+from lcl_megatron.checkpoint.convert.measurement import Measurement, largest_difference
 from lcl_megatron.checkpoint.convert.parity import tower_features
 from lcl_megatron.checkpoint.convert.stock_timm import timm_tower
 from lcl_megatron.checkpoint.convert.stock_tower import layernorm_epsilon
@@ -137,25 +138,28 @@ def test_tower_computes_what_the_library_computes(built: tuple[str, Features, Vi
     torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
 
 
-def test_weights_come_back_bit_by_bit_and_both_checks_see_a_change(built: tuple[str, Features, VisionConfig]) -> None:
+def test_weights_come_back_bit_by_bit_and_a_change_is_measured(
+    built: tuple[str, Features, VisionConfig],
+) -> None:
     read = read_source(built[0])
     back = read.back(read.weights)
     assert back.keys() == read.original.keys()
     for name, tensor in read.original.items():
         assert torch.equal(back[name], tensor), name
-    checks = read.checks()
-    assert all(check.passed for check in checks.values())
-    assert checks.pop("round_trip") == Check(0.0, 0.0)
-    ((library, check),) = checks.items()
+    measurements = read.measurements()
+    assert all(one.passed for one in measurements.values())
+    assert measurements.pop("round_trip") == Measurement("", 0.0, 0.0, tolerance=0.0)
+    ((library, one),) = measurements.items()
     assert library == built[0].partition(":")[0] or library in ("clip", "open_clip", "timm")
-    assert 0.0 < check.difference < TOLERANCE
+    assert one.loaded_as == library
+    assert 0.0 < one.max_abs_difference < TOLERANCE
     # The first value of the first head: a tensor of its own, where others may share memory with the source's.
     head_width = stock_models.WIDTH // stock_models.HEADS
     read.weights.state["vision.layers.1.self_attention.linear_qkv.bias"][2 * head_width] += 0.1
-    changed = read.checks()
-    assert changed["round_trip"].difference == pytest.approx(0.1, rel=1e-5)
-    assert changed[library].difference > 100 * TOLERANCE
-    assert not any(check.passed for check in changed.values())
+    changed = read.measurements()
+    assert changed["round_trip"].max_abs_difference == pytest.approx(0.1, rel=1e-5)
+    assert changed[library].max_abs_difference > 100 * TOLERANCE
+    assert not any(one.passed for one in changed.values())
 
 
 def test_nan_is_no_small_difference() -> None:
@@ -163,8 +167,10 @@ def test_nan_is_no_small_difference() -> None:
     for name in expected:
         found = expected | {name: torch.tensor([0.0, float("nan")])}
         assert largest_difference(found, expected) == float("inf")
-    assert not Check(float("inf"), float("inf")).passed
-    assert not Check(float("nan"), 1.0).passed
+        assert not Measurement.of_weights(found, expected).passed
+        assert not Measurement.of_outputs("x", found[name], expected[name]).passed
+        assert not Measurement.of_outputs("x", expected[name], found[name]).passed
+    assert not Measurement.of_outputs("x", torch.zeros(2), torch.zeros(3)).passed
 
 
 def _refusal(source: str) -> str:

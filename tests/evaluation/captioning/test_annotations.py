@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lcl_megatron.config.errors import ConfigError
 from lcl_megatron.evaluation.captioning.annotations import CaptionedImage, read_caption_test_set
 from lcl_megatron.evaluation.captioning.predictions import write_predictions
 from lcl_megatron.evaluation.transfer.image_sets import DataError
@@ -16,6 +17,9 @@ IMAGES = [
     CaptionedImage(7, "val2014/COCO_val2014_000000000007.jpg", ("A cat.", "One cat")),
     CaptionedImage(12, "val2014/COCO_val2014_000000000012.jpg", ("A dog.",)),
 ]
+
+
+CAPTION = {"image_id": 1, "caption": "x"}
 
 
 def karpathy() -> dict[str, Any]:
@@ -69,29 +73,32 @@ def test_nocaps(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[", "captions.json is no JSON file"),
-        ("5", "wrong form: int; expected COCO annotations, or a list of images"),
-        ([], "has no image of split 'test'; give another split or file"),
-        ([3], "entry 0 is int; expected an object"),
+        ("[", "captions.json is not a JSON file"),
+        ("5", "captions.json holds int; expected COCO's images and annotations, or a list of images"),
+        ([], "captions.json has no captions of split 'test'; check the file and the split"),
+        ([3], "captions.json:1: wrong type: entry 0 is int.*; a test set is scored whole"),
         ([{"image": "a.jpg", "caption": ["x"]}], "entry 0 has no image_id, and a.jpg does not end in a number"),
-        ([{"image": "a1.jpg", "caption": []}], "no caption: entry 0 has 0 captions in 0 entries"),
-        ([{"image": "a1.jpg", "caption": ["x", " "]}], "entry 0 has 1 captions in 2 entries"),
+        ([{"image": "a1.jpg", "caption": []}], "captions.json:1: no caption: of 'a1.jpg'"),
+        ([{"image": "a1.jpg", "caption": ["x", " "]}], "captions.json:2: no caption: of 'a1.jpg'"),
         ([{"image": "1.jpg", "caption": "x"}, {"image": "b/1.jpg", "caption": "y"}], "image 1 comes twice"),
-        ({"images": [{"id": 1, "file_name": "a"}], "annotations": []}, r"images\[0\] has 0 captions"),
-        ({"images": [3], "annotations": []}, r"images\[0\] is int"),
-        ({"images": [], "annotations": [3]}, r"annotations\[0\] is int"),
-        ({"images": [], "annotations": [{"image_id": 4, "caption": "x"}]}, "captions of image 4, which is not in"),
+        ([{"image": "1.jpg", "image_id": n, "caption": "x"} for n in range(2)], "image 1.jpg comes twice"),
+        ({"images": [{"id": 1, "file_name": "a"}], "annotations": []}, "no caption: image 1 has no annotation"),
+        ({"images": [{"id": 1, "file_name": "a"}, 3], "annotations": [CAPTION]}, r"images\[1\] is int"),
+        ({"images": [], "annotations": [CAPTION]}, r"annotations\[0\].image_id is 1, which has no file_name in images"),
+        ({"images": [{"id": 1, "file_name": "a"}], "annotations": [CAPTION, 3]}, r"annotations\[1\] is int"),
         ({"images": [{"filename": "a", "split": "test", "sentences": ["x"]}]}, r"images\[0\] has no imgid"),
     ],
 )  # fmt: skip
 def test_damaged_files_are_named(tmp_path: Path, content: Any, message: str) -> None:
-    with pytest.raises(DataError, match=message):
+    with pytest.raises((DataError, ConfigError, OSError), match=message):
         read_caption_test_set(write(tmp_path, content))
 
 
-def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="there is no file .*captions.json; give the annotation file"):
+def test_missing_file_and_file_without_ids(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is no caption file .*captions.json; give a .json"):
         read_caption_test_set(tmp_path / "captions.json")
+    with pytest.raises(DataError, match="captions.tsv is no .json file; captions are predicted for images with ids"):
+        read_caption_test_set(tmp_path / "captions.tsv")
 
 
 def test_predictions_are_written_as_coco_results(tmp_path: Path) -> None:

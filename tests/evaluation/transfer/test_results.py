@@ -18,11 +18,11 @@ from lcl_megatron.evaluation.transfer.results import (
     MetricSummary,
     ResultError,
     TaskResult,
+    Trial,
     UnitScores,
     read_json,
     summarize,
     summarize_units,
-    versions,
     write_json,
 )
 
@@ -108,7 +108,14 @@ def test_what_is_no_result_is_explained(tmp_path: Path, text: str | None, messag
         read_json(tmp_path)
 
 
-def test_versions_name_what_ran() -> None:
-    found = versions()
-    assert {"python", "torch", "numpy", "device"} <= found.keys()
-    assert json.dumps(found)
+def test_a_trial_gives_what_its_results_have_in_common() -> None:
+    trial = Trial("classification", "frozen", {"steps": 3})
+    trial.curves["0"] = Curve((1,), (0.5,), (0.1,))
+    first, second = (trial.result({"name": "a"}, {"test": test}, ()) for test in ("x", "y"))
+    assert (first.data, second.data) == ({"test": "x"}, {"test": "y"})
+    assert 0 <= first.seconds <= second.seconds
+    for result in (first, second):
+        assert (result.task, result.mode, result.settings) == ("classification", "frozen", {"steps": 3})
+        assert result.curves == {"0": Curve((1,), (0.5,), (0.1,))}
+        assert {"python", "torch", "numpy", "device"} <= result.versions.keys()
+        assert json.dumps(result.versions)

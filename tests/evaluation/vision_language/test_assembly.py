@@ -20,7 +20,6 @@ from lcl_megatron.evaluation.vision_language.assembly import (
     save_model,
 )
 from lcl_megatron.evaluation.vision_language.model import PARTS
-from lcl_megatron.evaluation.vision_language.naming import model_name
 from lcl_megatron.evaluation.vision_language.sequences import Piece, collate
 from tests.evaluation.vision_language.small_data import ENCODER, language_model_folder
 
@@ -122,7 +121,3 @@ def test_another_encoder_than_the_model_was_trained_with(recipe: Recipe, tmp_pat
     (tmp_path / "model.json").write_text(json.dumps(record | {"encoder": ENCODER.replace("depth=1", "depth=2")}))
     with pytest.raises(AssemblyError, match="was trained with encoder .* of fingerprint .*: put the old encoder back"):
         load_model(tmp_path, CPU)
-
-
-def test_names_of_models_are_names_of_folders() -> None:
-    assert model_name("captioning", "timm:vit/b 16", "full", 3) == "captioning-timm_vit_b_16-full-seed3"
