@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lcl_megatron.config import RunConfig
 from lcl_megatron.config.errors import require
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from lcl_megatron.data.batch import PackedBatch, StepLayout
     from lcl_megatron.data.planning.mixture import RowSequence
 
+Scope = Literal["micro_batch", "global"]
+"""Which images are contrasted with each other."""
 SAMPLED_ROWS = 8192
 """Rows of a corpus whose means stand for all of it."""
 
@@ -106,6 +108,14 @@ class StepCounts:
     """This rank's micro-batches."""
     all_images: int
     """Images of the global batch."""
+
+    def contrasted_slots(self, scope: Scope) -> list[int]:
+        """Return the slots of each contrast that every data-parallel rank contributes to it.
+
+        Of a whole step, a rank's slots are added up first: ranks have about equally many.
+        """
+        slots = [micro_batch.gathered_slots for micro_batch in self.micro_batches]
+        return [sum(slots)] if scope == "global" else slots
 
     @classmethod
     def of_means(cls, config: RunConfig, means: RowMeans, dp_size: int) -> StepCounts:

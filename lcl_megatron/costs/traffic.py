@@ -10,19 +10,18 @@ reduced, what is gathered, what is scattered, what is sent.
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from lcl_megatron.config import RunConfig
 from lcl_megatron.costs.buffers import GRADIENT_BYTES, Buffer, lay_out
-from lcl_megatron.costs.counts import MicroBatchCounts, StepCounts
+from lcl_megatron.costs.counts import MicroBatchCounts, Scope, StepCounts
 from lcl_megatron.costs.parameters import stage_parameters
 from lcl_megatron.model.line import HEADS, LANGUAGE_EMBED, POOL, VISION_EMBED, Stage, cut_line
-from lcl_megatron.parallel.pipeline import boundary_shape
 
-Scope = Literal["micro_batch", "global"]
-"""Which images are contrasted with each other."""
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
 Group = Literal["tp", "dp", "pp", "embedding", "model", "all", "host"]
 """``model`` = the ranks of one copy of the model; ``all`` = all ranks; ``host`` = all ranks, between processors."""
@@ -109,10 +108,9 @@ class StepTraffic:
         """Return all transfers of one step, those of groups of one rank left out."""
         found: list[Transfer] = []
         passes_twice = self.scope == "global" and len(counts.micro_batches) > 1
-        for micro_batch in counts.micro_batches:
-            found += self.micro_batch(micro_batch)
-            if passes_twice:
-                found += self.features_pass(micro_batch)
+        for micro_batch, number in Counter(counts.micro_batches).items():
+            once = [*self.micro_batch(micro_batch), *(self.features_pass(micro_batch) if passes_twice else ())]
+            found += [dataclasses.replace(transfer, calls=number * transfer.calls) for transfer in once]
         found += self.contrast(counts)
         found += self.once(counts)
         return merged(found, self.ranks)
@@ -130,13 +128,11 @@ class StepTraffic:
         """Return the gathers of features, and of two floats per slot, on the last stage."""
         if not self.stage.is_last:
             return []
-        slots = [micro_batch.gathered_slots for micro_batch in counts.micro_batches]
-        if self.scope == "global":
-            slots = [sum(slots)]
+        slots = counts.contrasted_slots(self.scope)
         width = 2 * self.config.language.hidden_size
         return [
-            Transfer("dp", "all_gather", "features", 1, number * self.ranks.dp * columns * FLOAT32_BYTES)
-            for number in slots
+            Transfer("dp", "all_gather", "features", calls, number * self.ranks.dp * columns * FLOAT32_BYTES)
+            for number, calls in Counter(slots).items()
             for columns in (width, 2)
         ]
 
@@ -231,8 +227,19 @@ class StepTraffic:
         sent = [(self.stage.next_piece, False), (None if self.stage.is_first else self.stage.first_piece, True)]
         for piece, backward in sent:
             if piece is not None:
-                rows, _, width = boundary_shape(piece, self.config, counts.images)
-                yield Transfer("pp", "send", "boundary", 1, rows * width * self.element_bytes, backward)
+                size = boundary_elements(self.config, piece, counts) * self.element_bytes
+                yield Transfer("pp", "send", "boundary", 1, size, backward)
+
+
+def boundary_elements(config: RunConfig, piece: str, counts: MicroBatchCounts) -> int:
+    """Return the elements that a stage beginning with ``piece`` receives (see ``parallel/pipeline.py``)."""
+    vision, hidden, slots = config.vision, config.language.hidden_size, counts.slots
+    ways = config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1
+    if piece == POOL or piece.startswith("vision."):
+        return -(-slots * vision.num_tokens // ways) * vision.hidden_size
+    if piece == LANGUAGE_EMBED:
+        return slots * (vision.num_patches + 1) * hidden
+    return (config.training.micro_batch_size * config.data.seq_length // ways + slots) * hidden
 
 
 def merged(transfers: Iterable[Transfer], ranks: Ranks) -> tuple[Transfer, ...]:
