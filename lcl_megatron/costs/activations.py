@@ -39,9 +39,7 @@ class Kept:
     """Values in int64."""
 
     def __add__(self, other: Kept) -> Kept:
-        return Kept(
-            self.elements + other.elements, self.float32 + other.float32, self.indices + other.indices
-        )
+        return Kept(self.elements + other.elements, self.float32 + other.float32, self.indices + other.indices)
 
     def times(self, factor: float) -> Kept:
         """Return so many of it."""

@@ -23,7 +23,11 @@ CASES: list[tuple[str, int, dict[str, dict[str, Any]]]] = [
     ("alone, bf16", 1, {"training": {"precision": "bf16"}}),
     ("dp2, bf16", 2, {"training": {"precision": "bf16"}}),
     ("dp2, fp32", 2, {}),
-    ("dp2, bf16, whole optimizer", 2, {"training": {"precision": "bf16"}, "parallel": {"use_distributed_optimizer": False}}),
+    (
+        "dp2, bf16, whole optimizer",
+        2,
+        {"training": {"precision": "bf16"}, "parallel": {"use_distributed_optimizer": False}},
+    ),
     ("dp2, fp32, whole optimizer", 2, {"parallel": {"use_distributed_optimizer": False}}),
     (
         "official: no LayerScale, class token, ties or context bias",
@@ -82,12 +86,18 @@ def build(rank: int, world_size: int, config: RunConfig) -> dict[str, Any]:
         ],
         "predicted_parameters": traffic.parameters,
         "buckets": [
-            [(bucket.grad_data.numel(), bucket.grad_data.numel() * buffer.grad_data.element_size()) for bucket in buffer.buckets]
+            [
+                (bucket.grad_data.numel(), bucket.grad_data.numel() * buffer.grad_data.element_size())
+                for bucket in buffer.buckets
+            ]
             for buffer in engine.ddp.buffers
         ],
         "predicted_buckets": [[(b.numel, b.numel * 4) for b in buffer.buckets] for buffer in traffic.buffers],
         "state": (
-            sum(p.untyped_storage().nbytes() for p in {p.untyped_storage().data_ptr(): p for p in engine.model.parameters()}.values()),
+            sum(
+                p.untyped_storage().nbytes()
+                for p in {p.untyped_storage().data_ptr(): p for p in engine.model.parameters()}.values()
+            ),
             sum(buffer.grad_data.nbytes for buffer in engine.ddp.buffers),
             sum(tensor.nbytes for tensor in beside),
         ),
