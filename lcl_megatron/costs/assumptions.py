@@ -37,7 +37,7 @@ class Assumptions:
     nvlink_share: float = 0.8
     """Share of NVLink's bandwidth that large collectives within a machine reach."""
     network_share: float = 0.94
-    """Share of the machine's network bandwidth that large collectives reach (377 of 400 GB/s measured on 4 x 8 GPUs)."""
+    """Share of the machine's network bandwidth that large collectives reach (377 of 400 GB/s on 4 x 8 GPUs)."""
     hop_us: float = 1.5
     """Latency of one step of a ring of small messages, in microseconds (98 us for an all-reduce of 32 ranks)."""
     tree_hop_us: float = 10.0

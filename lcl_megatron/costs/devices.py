@@ -63,12 +63,13 @@ def find_device(name: str) -> Device:
     """
     if name not in _SHEETS:
         raise ConfigError(
-            f"--device {name}: not in the table; known: {', '.join(DEVICE_NAMES)}. For another GPU take the nearest and "
-            "give its own values by --device-values.*"
+            f"--device {name}: not in the table; known: {', '.join(DEVICE_NAMES)}. For another GPU "
+            "take the nearest and give its own values by --device-values.*"
         )
     peak_name, memory, bandwidth, nvlink, network = _SHEETS[name]
     peak, fp32 = device_peak_flops(peak_name, "bf16"), device_peak_flops(peak_name, "fp32")
-    assert peak is not None and fp32 is not None, f"no peak of {peak_name}"
+    assert peak is not None, f"no bf16 peak of {peak_name}"
+    assert fp32 is not None, f"no float32 peak of {peak_name}"
     return Device(
         name=name,
         peak_tflops=peak / 1e12,

@@ -1,4 +1,4 @@
-"""The best layout and micro-batch for a number of GPUs: every one that can run is estimated, the fastest that fits wins."""
+"""The best layout and micro-batch for a number of GPUs: all that can run are estimated, the fastest that fits wins."""
 
 from __future__ import annotations
 
@@ -155,9 +155,9 @@ def _what_is_short(scenario: Scenario, plan: Plan) -> str:
     }
     listed = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
     return (
-        f"{plan.gpus} x {scenario.device.name}: memory is short: tensor {parallel.tensor_model_parallel_size} x pipeline "
-        f"{parallel.pipeline_model_parallel_size}, micro-batches of {plan.config.training.micro_batch_size} rows, needs "
-        f"{memory.total / GIB:.1f} GiB per GPU ({listed}) and {memory_limit(scenario) / GIB:.1f} GiB are there "
-        f"({scenario.device.memory_gb:g} GB less {scenario.assumptions.reserve_gib:g} GiB in reserve); try --recompute, "
-        "a smaller --micro-batch-size, more GPUs, or GPUs with more memory"
+        f"{plan.gpus} x {scenario.device.name}: memory is short: tensor {parallel.tensor_model_parallel_size} x "
+        f"pipeline {parallel.pipeline_model_parallel_size}, micro-batches of {plan.config.training.micro_batch_size} "
+        f"rows, needs {memory.total / GIB:.1f} GiB per GPU ({listed}) and {memory_limit(scenario) / GIB:.1f} GiB are "
+        f"there ({scenario.device.memory_gb:g} GB less {scenario.assumptions.reserve_gib:g} GiB in reserve); try "
+        "--recompute, a smaller --micro-batch-size, more GPUs, or GPUs with more memory"
     )

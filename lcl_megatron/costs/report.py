@@ -18,7 +18,7 @@ HEAD = (
     "GPUs", "tp", "pp", "dp", "rows x number", "GiB", "step s", "images/s", "per GPU", "MFU %", "efficiency %",
     "waits %", "bubble %", "sent GiB",
 )  # fmt: skip
-"""Columns of the table; a micro-batch's rows times the number of micro-batches; ``tp`` with ``s`` = the sequence too."""
+"""Columns of the table; rows of a micro-batch times their number; ``tp`` with ``s`` = the sequence is split too."""
 
 
 def rows(plans: Sequence[Plan]) -> list[list[str]]:
@@ -44,7 +44,7 @@ def rows(plans: Sequence[Plan]) -> list[list[str]]:
                 f"{100 * time.exposed / time.total:.1f}",
                 f"{100 * time.bubble / time.total:.1f}",
                 f"{plan.estimate.sent_bytes() / GIB:.2f}",
-            ]  # fmt: skip
+            ]
         )
     return found
 
@@ -160,7 +160,7 @@ def _details(plan: Plan) -> list[str]:
 
 
 def _draw(plans: Sequence[Plan], kind: str) -> bytes:
-    """Return three panels over the number of GPUs: throughput with its ideal, efficiency, and where a step's time goes."""
+    """Return three panels over the number of GPUs: throughput, efficiency, and where a step's time goes."""
     gpus = [plan.gpus for plan in plans]
     with figure(13.5, 3.6) as drawn:
         left, middle, right = drawn.subplots(1, 3)

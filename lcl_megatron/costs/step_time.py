@@ -1,7 +1,8 @@
 """How long a training step takes: stages, pipeline, what communication is seen, what hides behind computation.
 
 One micro-batch on stage i takes F_i forward and B_i backward, with the tensor-parallel collectives, the transfers
-between stages and, on the last stage, the contrast, all of which are waited for. With m micro-batches the pipeline takes
+between stages and, on the last stage, the contrast, all of which are waited for. With m micro-batches the pipeline
+takes
 
     sum_i (F_i + B_i) + (m - 1) max_i (F_i + B_i)
 
