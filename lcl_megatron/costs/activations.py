@@ -15,8 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lcl_megatron.config import RunConfig
+from lcl_megatron.costs.buffers import FLOAT32_BYTES
 from lcl_megatron.costs.counts import MicroBatchCounts
-from lcl_megatron.costs.traffic import ELEMENT_BYTES, FLOAT32_BYTES
+from lcl_megatron.costs.traffic import ELEMENT_BYTES
 from lcl_megatron.model.line import HEADS, LANGUAGE_EMBED, POOL, VISION_EMBED, Stage
 
 HIDDEN_COPIES = {"relu": 1, "gelu": 2, "quick_gelu": 3}

@@ -18,9 +18,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lcl_megatron.config import RunConfig
-from lcl_megatron.costs.activations import FLOAT32_BYTES
 from lcl_megatron.costs.assumptions import Assumptions
-from lcl_megatron.costs.buffers import GRADIENT_BYTES
+from lcl_megatron.costs.buffers import FLOAT32_BYTES, GRADIENT_BYTES
 from lcl_megatron.costs.counts import MicroBatchCounts, RowMeans, Scope, StepCounts
 from lcl_megatron.costs.devices import Device
 from lcl_megatron.costs.memory import RankMemory, rank_memory

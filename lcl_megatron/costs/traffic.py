@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lcl_megatron.config import RunConfig
-from lcl_megatron.costs.buffers import GRADIENT_BYTES, Buffer, lay_out
+from lcl_megatron.costs.buffers import FLOAT32_BYTES, GRADIENT_BYTES, Buffer, lay_out
 from lcl_megatron.costs.counts import MicroBatchCounts, Scope, StepCounts
 from lcl_megatron.costs.parameters import stage_parameters
 from lcl_megatron.model.line import HEADS, LANGUAGE_EMBED, POOL, VISION_EMBED, Stage, cut_line
@@ -28,7 +28,6 @@ Group = Literal["tp", "dp", "pp", "embedding", "model", "all", "host"]
 Purpose = Literal["activations", "features", "gradients", "parameters", "boundary", "norm", "agreement"]
 ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
 """Bytes of a parameter and of an activation."""
-FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True)

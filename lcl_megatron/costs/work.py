@@ -133,7 +133,7 @@ def stage_work(
         len(stage.layers("language"))
     )
     if stage.has(VISION_EMBED):
-        flops = 2 * slots * vision.num_patches * vision.hidden_size * 3 * vision.patch_size**2
+        flops = 2.0 * slots * vision.num_patches * vision.hidden_size * 3 * vision.patch_size**2
         pixels = slots * 3 * vision.image_size**2
         work += Work(at_full_rate(flops, vision.hidden_size, assumed), 0.0, pixels * (1 + 4 * 4 + 4 * size), 20)
     if stage.has(POOL):
