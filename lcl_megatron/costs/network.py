@@ -4,7 +4,7 @@ A large message of S bytes costs ``f S / B``, f being the share of it that a rin
 bandwidth of the slowest link that the group shares. Beside that, the lesser of two start-up times: that of the
 low-latency protocols (a ring of hops, at an eighth of the bandwidth), and that of filling the pipeline of the fast ones
 (a message of ``half_bandwidth_mib`` per rank). Published all-reduce tables of 8 x H200 and 4 x 8 B200 (stas00,
-ml-engineering, network/benchmarks) lie within a factor 1.3 of it above 2 MiB; see ``docs/planning.md``. Beyond 32 ranks
+ml-engineering, network/benchmarks) lie within a factor 1.5 of it; see ``docs/planning.md``. Beyond 32 ranks
 the linear growth is an extrapolation.
 """
 
