@@ -106,7 +106,7 @@ def write(scenario: Scenario, plans: Sequence[Plan], output: Path) -> None:
     drawing = svg_image(_draw(plans, "svg"), "Throughput, efficiency and step time over the number of GPUs")
     page = write_page(
         "Plan of a run",
-        "img { max-width: 100% }",
+        "img { max-width: 100% } pre { white-space: pre-wrap }",
         element("p", "Predictions of a model (docs/planning.md), not measurements."),
         drawing,
         table(HEAD, rows(plans)),
@@ -172,7 +172,7 @@ def _draw(plans: Sequence[Plan], kind: str) -> bytes:
         left.legend(frameon=False)
         middle.plot(gpus, [100 * e for e in efficiencies(plans)], "o-", color=PALETTE[0], label="efficiency")
         middle.plot(gpus, [100 * plan.utilization for plan in plans], "s--", color=PALETTE[1], label="MFU")
-        middle.set_ylim(0, 105)
+        middle.set_ylim(0, 105 * max(efficiencies(plans)))
         middle.set_title("Percent", loc="left")
         middle.legend(frameon=False)
         names = [field.name for field in dataclasses.fields(plans[0].estimate.time)]

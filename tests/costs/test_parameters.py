@@ -5,6 +5,7 @@ Oracle: the really built model, megatron-core's DDP buffers and the optimizer's 
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from lcl_megatron.config import RunConfig
+from lcl_megatron.costs import buffers
 from lcl_megatron.costs.memory import rank_state
 from lcl_megatron.costs.traffic import StepTraffic
 from lcl_megatron.parallel import engine as engines
@@ -118,3 +120,31 @@ def test_what_every_rank_holds(name: str, world_size: int, changes: dict[str, di
         assert found["predicted_buckets"] == found["buckets"], f"rank {rank}"
         state = found["predicted_state"]
         assert (state.parameters, state.gradients, state.optimizer) == found["state"], f"rank {rank}"
+
+
+def build_small_buckets(rank: int, world_size: int, config: RunConfig) -> tuple[int, list[list[int]], list[list[int]]]:
+    """Return the real limit, and real and predicted buckets under a limit that this model reaches."""
+    groups = engines.start(config)
+    engine = engines.build_engine(config, groups)
+    settings = dataclasses.replace(engine.ddp.ddp_config, bucket_size=LIMIT)
+    again = type(engine.ddp)(engine.ddp.config, settings, engine.ddp.module, pg_collection=groups.collection)
+    traffic = StepTraffic(config, world_size, 0)
+    found = [[bucket.grad_data.numel() for bucket in buffer.buckets] for buffer in again.buffers]
+    return engine.ddp.bucket_size, found, [[bucket.numel for bucket in buffer.buckets] for buffer in traffic.buffers]
+
+
+LIMIT = 20_000
+
+
+@pytest.mark.parametrize("is_sharded", [True, False])
+def test_buckets_close_at_the_limit(is_sharded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config(
+        Path("none"), language={"vocab_size": 300}, parallel={"use_distributed_optimizer": is_sharded}
+    )
+    expected = max(buffers.SMALLEST_BUCKET, 2 * buffers.BUCKET_PER_RANK)
+    monkeypatch.setattr(buffers, "SMALLEST_BUCKET", LIMIT)
+    monkeypatch.setattr(buffers, "BUCKET_PER_RANK", 0)
+    for limit, found, predicted in run_distributed(build_small_buckets, 2, config):
+        assert limit == expected
+        assert predicted == found
+        assert len(found[0]) > 3
