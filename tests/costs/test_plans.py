@@ -122,8 +122,8 @@ def test_impossible_runs_say_what_is_short() -> None:
     small = dataclasses.replace(find_device("H100"), memory_gb=7)
     with pytest.raises(ConfigError, match=r"H100: memory is short.*GiB per GPU \(parameters, gradients.*--recompute"):
         best_plan(scenario(paper(), device=small), 8)
-    with pytest.raises(ConfigError, match=r"3 GPUs: no layout can run.*not a multiple of micro_batch_size x data-para"):
-        best_plan(scenario(paper("--global-batch-size", "16384")), 3)
+    with pytest.raises(ConfigError, match=r"7 GPUs: no layout can run.*not a multiple of micro_batch_size x data-para"):
+        best_plan(scenario(paper()), 7)
     with pytest.raises(ConfigError, match=r"vision.num_attention_heads = 16 cannot be split"):
         configured_plan(scenario(paper("--tensor-model-parallel-size", "3")), 3)
     with pytest.raises(ConfigError, match="--device H9: not in the table; known: A100-40G"):
