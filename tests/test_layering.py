@@ -30,6 +30,8 @@ ALLOWED = {
     "model": {"config"},
 }
 """What a folder may import of the others. Folders not named are free, as long as no cycle arises."""
+PLANNER, PLANNER_MAY_IMPORT = "costs", ("config", "data.pages", "model.line", "training.flops")
+"""The planner derives a run from its configuration alone: it works without torch, and no run depends on it."""
 ONLY_PARALLEL = ("torch.distributed", "megatron.core.parallel_state")
 HOMELESS = {"utils", "util", "common", "helpers", "misc"}
 MAX_FILE, MAX_FUNCTION, MAX_SCRIPT = 400, 60, 80
@@ -172,6 +174,20 @@ def test_config_works_without_torch() -> None:
         for name in sorted(imported_names(path))
         if name.split(".")[0] in heavy
     ]
+    assert wrong == []
+
+
+def test_planner_needs_no_run_and_no_run_needs_it() -> None:
+    allowed = tuple(f"{PACKAGE}.{name}" for name in (PLANNER, *PLANNER_MAY_IMPORT))
+    wrong = []
+    for path in MODULES:
+        module = module_name(path)
+        if folder(module) == PLANNER:
+            names = [n for n in imported_names(path) if n.startswith(PACKAGE) and not n.startswith(allowed)]
+            names += [n for n in imported_names(path) if n.split(".")[0] in ("torch", "megatron")]
+            wrong += [f"{module} imports {name}" for name in names]
+        else:
+            wrong += [f"{module} imports {n}" for n in import_graph()[module] if folder(n) == PLANNER]
     assert wrong == []
 
 
