@@ -59,8 +59,6 @@ def test_gradient_when_slots_are_masked_equals_softmax_of_full_matrix(tile):
     over_columns = scores.softmax(1).nan_to_num(0)  # a row without valid column is all NaN
     over_rows = scores.softmax(0).nan_to_num(0)
     row_lse, column_lse = (scores.logsumexp(dim).masked_fill(~valid, 0.0) for dim in (1, 0))
-    pull, expected = streamed_gradient((rows, row_lse, valid), (columns, column_lse, valid), SCALE, tile)
+    pull = streamed_gradient((rows, row_lse, valid), (columns, column_lse, valid), SCALE, tile)
     torch.testing.assert_close(pull, (over_columns + over_rows) @ columns, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(expected, (over_columns * similarity).sum(1), rtol=1e-12, atol=1e-14)
     assert not pull[~valid].any()
-    assert not expected[~valid].any()
