@@ -102,9 +102,7 @@ def agreement() -> dict[str, Any]:
     same = True
     for loss in (OURS, LOCAL, FULL):
         fake = finish(start(REAL | {"loss": loss}))
-        same &= all(
-            report[loss][key] == fake[key] for report in reports for key in ("forward_bytes", "backward_bytes")
-        )
+        same &= all(report[loss][key] == fake[key] for report in reports for key in ("forward_bytes", "backward_bytes"))
     return {
         "value_difference": max(report[loss]["value_difference"] for report in reports for loss in (LOCAL, FULL)),
         "gradient_difference": max(report[loss]["gradient_difference"] for report in reports for loss in (LOCAL, FULL)),
