@@ -160,7 +160,9 @@ def compare(case: Case) -> dict[str, Any]:
             wire.direction = "backward"
             value.backward()
         images, contexts, log_scale = (leaf.grad for leaf in leaves)
-        assert images is not None and contexts is not None and log_scale is not None
+        assert images is not None
+        assert contexts is not None
+        assert log_scale is not None
         results[loss] = [summed(value), images, contexts, summed(log_scale)]
         reports[loss] = sent_by(wire)
         if loss != "ours":

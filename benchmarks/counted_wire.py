@@ -1,4 +1,4 @@
-"""The collectives of torch.distributed with every byte counted, over a real process group or over one that moves nothing.
+"""The collectives of torch.distributed with every byte counted, over a real process group or one that moves nothing.
 
 ``one_rank_of_many`` lets a single process take the place of one rank of many: torch's fake process group says how many
 ranks there are, and what they would send is made up here, so that all numbers are finite and of the right kind. What

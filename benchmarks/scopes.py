@@ -5,9 +5,10 @@ python benchmarks/scopes.py --quick    seconds, at sizes that say nothing
 
 All runs train the same model on the same global batches. ``scope_time_ratio`` is the time of a step with
 ``contrastive_scope = global`` over that with ``micro_batch``, for several micro-batches: 4/3 is expected, because of a
-second forward pass. ``keep_graphs_time_ratio`` is the same where activations are kept instead, ``one_micro_batch_ratio``
-the same with one micro-batch; both should be 1. ``layout_ratio`` is the processor time of all ranks of a layout over
-that of one process, scope ``global`` in both; ranks share the machine's cores, so their wall time says little.
+second forward pass. ``keep_graphs_time_ratio`` is the same where activations are kept instead, and
+``one_micro_batch_ratio`` the same with one micro-batch; both should be 1. ``layout_ratio`` is the processor time of all
+ranks of a layout over that of one process, scope ``global`` in both; ranks share the machine's cores, so their wall
+time says little.
 
 Every run has processes of its own, over gloo, one thread each. Runs take turns (A B C A B C ...); of each, the median
 step counts, summed over its ranks, and of that the least of all repetitions: others may be using the machine. Times are

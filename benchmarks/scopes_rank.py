@@ -66,9 +66,7 @@ class Case:
         return dataclasses.replace(
             base,
             loss=LossConfig(contrastive_scope=self.scope, contrastive_keep_graphs=self.keep_graphs),
-            parallel=ParallelConfig(
-                tensor_model_parallel_size=self.tensor, pipeline_model_parallel_size=self.pipeline
-            ),
+            parallel=ParallelConfig(tensor_model_parallel_size=self.tensor, pipeline_model_parallel_size=self.pipeline),
         )
 
 
