@@ -14,7 +14,7 @@ for the others, whose features are made up (``counted_wire.py``). So:
 
 All are ``lcl_megatron.parallel.contrastive.contrastive_loss`` or open_clip's ``ClipLoss`` with ``gather_with_grad``;
 ``local_loss`` computes this rank's rows of the matrix in both directions, otherwise every rank computes all of it.
-Before, two real ranks over gloo compute all three: values and gradients must agree, and the bytes must be those that a
+First, two real ranks over gloo compute all three: values and gradients must agree, and the bytes must be those that a
 rank of two that do not exist counts. The last line is one JSON object; ``memory_ratio`` and ``time_ratio`` are ours
 over open_clip's local loss at the largest size, ``backward_feature_bytes`` what ours sends in its backward pass.
 """
