@@ -151,7 +151,7 @@ def main() -> None:
     flags = tyro.cli(Flags, description=__doc__)
     if flags.quick:
         flags = dataclasses.replace(
-            flags, sizes=(256, 512), local_pairs=128, width=64, tile=96, repeats=1, full_matrix_up_to=256
+            flags, sizes=(512, 1024), local_pairs=256, width=64, tile=96, repeats=1, full_matrix_up_to=512
         )
     try:
         stock_library("open_clip")
