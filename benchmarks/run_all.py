@@ -122,6 +122,25 @@ BENCHMARKS = (
             "language_full_mib": "with full",
         },
     ),
+    Benchmark(
+        "contrastive",
+        {
+            "memory_ratio": "memory of the contrastive loss over open_clip's local loss, 65,536 pairs on 32 ranks",
+            "time_ratio": "its processor time over open_clip's",
+            "sent_ratio": "bytes that a rank sends over open_clip's",
+            "backward_feature_bytes": "bytes that a rank sends in the backward pass",
+            "gradient_difference": "largest difference of a gradient from open_clip's, two real ranks",
+        },
+    ),
+    Benchmark(
+        "scopes",
+        {
+            "scope_time_ratio": "step with scope `global` over `micro_batch`, eight micro-batches",
+            "keep_graphs_time_ratio": "the same with activations kept",
+            "one_micro_batch_ratio": "the same with one micro-batch",
+        },
+        ("--data-path", "CORPUS"),
+    ),
     Benchmark("preprocess_kills", {"kills": "kills", "corpora": "corpora", "identical": "of them identical"}),
 )
 

@@ -224,3 +224,63 @@ def test_converters_compare_models_of_the_preset(
         for tensor in found.state.values():
             assert ((tensor != 0) & (tensor != 1)).all()
             assert tensor.numel() == 1 or tensor.std() > 0
+
+
+def test_contrastive_counts_bytes_and_agrees_with_open_clip(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Closed form: a rank sends W - 1 times its rows; ours 2 D + 2 floats a pair, open_clip's 2 D and 2 D back."""
+    pytest.importorskip("open_clip")
+    _, report = run("contrastive.py", ["--quick"], monkeypatch, capsys)
+    assert report["backward_feature_bytes"] == 0
+    assert report["bytes_as_on_real_ranks"]
+    # float32 on both sides; seen: below 1e-6.
+    for name in ("value_difference", "gradient_difference", "value_difference_at_size"):
+        assert 0 <= report[name] < 1e-5
+    rows = {(row["pairs"], row["loss"]): row for row in report["rows"]}
+    assert len(rows) == len(report["rows"]) == 6
+    for (pairs, loss), row in rows.items():
+        ranks, features = pairs // 512, 512 * 2 * 64 * 4
+        assert row["ranks"] == ranks
+        if (pairs, loss) == (2048, "open_clip_full"):
+            assert row["peak_mib"] is row["cpu_s"] is row["forward_bytes"] is None
+        elif loss == "ours":
+            assert row["forward_bytes"] == (ranks - 1) * (features + 512 * 2 * 4)
+            assert row["backward_bytes"] == row["backward_calls"] == 0
+        else:
+            assert row["forward_bytes"] == row["backward_bytes"] == (ranks - 1) * features
+    for key, name in (("peak_mib", "memory_ratio"), ("cpu_s", "time_ratio")):
+        assert report[name] == pytest.approx(rows[2048, "ours"][key] / rows[2048, "open_clip_local"][key], abs=6e-4)
+
+
+def test_contrastive_refuses_sizes_that_ranks_cannot_share(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    with pytest.raises(ValueError, match=r"expected multiples of 2048 pairs .* \[3000\] do not fit"):
+        run("contrastive.py", ["--sizes", "4096", "3000"], monkeypatch, capsys)
+
+
+def test_bytes_that_nobody_counts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank of three that do not exist: what they send is this rank's features, rotated; other calls are errors."""
+    module = runpy.run_path(str(BENCHMARKS / "counted_wire.py"))
+    features, gathered = torch.arange(8.0).view(1, 8), torch.empty(3, 8)
+    with module["one_rank_of_many"](3, 4) as wire:
+        torch.distributed.all_gather_into_tensor(gathered, features)
+        with pytest.raises(RuntimeError, match="all_reduce was called, whose bytes are not counted"):
+            torch.distributed.all_reduce(features)
+    assert gathered.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7], [3, 0, 1, 2, 7, 4, 5, 6], [2, 3, 0, 1, 6, 7, 4, 5]]
+    assert dict(wire.sent) == {"forward": 2 * 8 * 4}
+    assert not torch.distributed.is_initialized()
+
+
+def test_scopes_runs_that_are_the_same_function_agree(
+    synthetic: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, report = run("scopes.py", ["--quick", "--data-path", str(synthetic)], monkeypatch, capsys)
+    runs = report["runs"]
+    # The same batches and weights on all layouts, in float32.
+    assert report["loss_difference"] < 1e-4
+    generation = [seen["generation"][0] for seen in runs.values()]
+    assert max(generation) - min(generation) < 1e-4 * min(generation)
+    # Fewer negatives make another, smaller loss; with one micro-batch both scopes have all.
+    contrastive = {name: seen["contrastive"][0] for name, seen in runs.items()}
+    assert contrastive["micro_batch"] < contrastive["global"] - 0.1
+    assert contrastive["one_micro_batch"] == pytest.approx(contrastive["global"], rel=1e-4)
+    assert report["scope_time_ratio"] == pytest.approx(runs["global"]["cpu_ms"] / runs["micro_batch"]["cpu_ms"])
+    assert set(report["layout_ratio"]) == {"dp2", "tp2", "pp2"}

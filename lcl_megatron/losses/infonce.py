@@ -47,23 +47,28 @@ def streamed_lse(
         lse (M,) of the same dtype, -inf if no column takes part; best column (M,) int64, -1 if none does.
     """
     lowest = torch.finfo(rows_MD.dtype).min
-    running_max_M = rows_MD.new_full((rows_MD.shape[0],), lowest)
-    running_sum_M = rows_MD.new_zeros(rows_MD.shape[0])
-    best_M = torch.full_like(running_max_M, -1, dtype=torch.int64)
+    num_rows = rows_MD.shape[0]
+    max_M = rows_MD.new_full((num_rows,), lowest)
+    sum_M = rows_MD.new_zeros(num_rows)
+    best_M = torch.full_like(max_M, -1, dtype=torch.int64)
     scaled_MD = scale * rows_MD
+    block = _rows_of_block(rows_MD)
+    scores = rows_MD.new_empty(min(block, num_rows) * min(tile, columns_GD.shape[0]))
     for begin in range(0, columns_GD.shape[0], tile):
-        takes_part = valid_G[begin : begin + tile]
-        if left_out is not None:
-            takes_part = takes_part & ~left_out.tile(begin, tile)
-        # A finite floor, not -inf: the difference of two -inf would be NaN.
-        scores_MT = (scaled_MD @ columns_GD[begin : begin + tile].T).masked_fill_(~takes_part, lowest)
-        tile_max_M, tile_best_M = scores_MT.max(dim=1)
-        best_M = torch.where(tile_max_M > running_max_M, tile_best_M + begin, best_M)
-        new_max_M = torch.maximum(running_max_M, tile_max_M)
-        weights_MT = scores_MT.sub_(new_max_M[:, None]).exp_().mul_(takes_part)
-        running_sum_M = running_sum_M * (running_max_M - new_max_M).exp() + weights_MT.sum(dim=1)
-        running_max_M = new_max_M
-    return running_max_M + running_sum_M.log(), best_M
+        columns_TD = columns_GD[begin : begin + tile]
+        excluded = _excluded(valid_G, left_out, (begin, tile), num_rows)
+        for first in range(0, num_rows, block):
+            part = slice(first, first + block)
+            # A finite floor, not -inf: the difference of two -inf would be NaN.
+            scores_MT = _product(scaled_MD[part], columns_TD, scores).masked_fill_(excluded[part], lowest)
+            tile_max_M, tile_best_M = scores_MT.max(dim=1)
+            best_M[part] = torch.where(tile_max_M > max_M[part], tile_best_M + begin, best_M[part])
+            new_max_M = torch.maximum(max_M[part], tile_max_M)
+            # While no column is valid, each adds exp(0); what it adds is gone with the first valid one.
+            tile_sum_M = scores_MT.sub_(new_max_M[:, None]).exp_().sum(dim=1)
+            sum_M[part] = sum_M[part] * (max_M[part] - new_max_M).exp() + tile_sum_M
+            max_M[part] = new_max_M
+    return (max_M + sum_M.log()).masked_fill_(best_M < 0, -torch.inf), best_M
 
 
 def streamed_gradient(
@@ -72,16 +77,17 @@ def streamed_gradient(
     scale: Tensor,
     tile: int,
     left_out: LeftOut | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return what the gradients need: attention of rows over columns, in both directions, and expected similarities.
+) -> Tensor:
+    """Return what the gradients need: what rows are pulled to, by their own attention and by that of the columns.
 
     With P_ij = exp(z_ij - lse_row_i), Q_ij = exp(z_ij - lse_column_j), both 0 unless row and column are valid
     and the column is not left out of the row,
 
-        pull_i = sum_j (P_ij + Q_ij) c_j,    expected_i = sum_j P_ij (r_i . c_j).
+        pull_i = sum_j (P_ij + Q_ij) c_j.
 
-    Then dloss/dr_i = s/2 (pull_i - 2 p_i) with p_i the row's positive, and dloss/ds is the sum over both
-    directions of (expected_i - r_i . p_i) / 2.
+    Then dloss/dr_i = s/2 (pull_i - 2 p_i) with p_i the row's positive. With both directions' rows of all ranks,
+    sum_i r_i . pull_i is twice the sum of all expected similarities, so that dloss/ds is the sum over both directions
+    and all rows of r_i . (pull_i / 4 - p_i / 2): no further look at the matrix is needed.
 
     Args:
         rows: features (M, D), log-sum-exp (M,) and validity (M,) bool of the rows.
@@ -92,22 +98,47 @@ def streamed_gradient(
         left_out: as in ``streamed_lse``; it is symmetric, so it says of a column's sum too what it leaves out.
 
     Returns:
-        pull (M, D) and expected (M,) of the same dtype, 0 for rows that are not valid.
+        pull (M, D) of the same dtype, 0 for rows that are not valid.
     """
     rows_MD, row_lse_M, row_valid_M = rows
     columns_GD, column_lse_G, column_valid_G = columns
     pull_MD = torch.zeros_like(rows_MD)
-    expected_M = torch.zeros_like(row_lse_M)
+    num_rows = rows_MD.shape[0]
+    scaled_MD = scale * rows_MD
+    block = _rows_of_block(rows_MD)
+    size = min(block, num_rows) * min(tile, columns_GD.shape[0])
+    scores, weights = rows_MD.new_empty(size), rows_MD.new_empty(size)
     for begin in range(0, columns_GD.shape[0], tile):
         part = slice(begin, begin + tile)
-        columns_TD = columns_GD[part]
-        similarity_MT = rows_MD @ columns_TD.T
-        valid_MT = row_valid_M[:, None] & column_valid_G[part]
-        if left_out is not None:
-            valid_MT &= ~left_out.tile(begin, tile)
-        scores_MT = (scale * similarity_MT).masked_fill_(~valid_MT, -torch.inf)
-        weights_MT = (scores_MT - row_lse_M[:, None]).exp_()
-        expected_M += (weights_MT * similarity_MT).sum(dim=1)
-        weights_MT += (scores_MT - column_lse_G[part]).exp_()
-        pull_MD.addmm_(weights_MT, columns_TD)
-    return pull_MD, expected_M
+        columns_TD, column_lse_T = columns_GD[part], column_lse_G[part]
+        excluded = _excluded(column_valid_G, left_out, (begin, tile), num_rows)
+        for first in range(0, num_rows, block):
+            own = slice(first, first + block)
+            scores_MT = _product(scaled_MD[own], columns_TD, scores).masked_fill_(excluded[own], -torch.inf)
+            weights_MT = weights[: scores_MT.numel()].view(scores_MT.shape)
+            torch.sub(scores_MT, row_lse_M[own, None], out=weights_MT).exp_()
+            weights_MT += scores_MT.sub_(column_lse_T).exp_()
+            pull_MD[own].addmm_(weights_MT, columns_TD)
+    return pull_MD.masked_fill_(~row_valid_M[:, None], 0.0)
+
+
+def _excluded(valid_G: Tensor, left_out: LeftOut | None, tile: tuple[int, int], num_rows: int) -> Tensor:
+    """Return which columns of a tile (its begin and its size) take no part, (M, T) bool, read only."""
+    begin, size = tile
+    invalid_T = ~valid_G[begin : begin + size]
+    return invalid_T.expand(num_rows, -1) if left_out is None else left_out.tile(begin, size).logical_or_(invalid_T)
+
+
+_CPU_BLOCK = 512
+"""Rows whose scores exist at one time on a CPU, so that what is done to them is done in its cache."""
+
+
+def _rows_of_block(rows_MD: Tensor) -> int:
+    """Return how many rows are worked on at one time; a GPU is only kept busy by all of them."""
+    return _CPU_BLOCK if rows_MD.device.type == "cpu" else max(1, rows_MD.shape[0])
+
+
+def _product(rows_MD: Tensor, columns_TD: Tensor, buffer: Tensor) -> Tensor:
+    """Return all dot products (M, T), in memory that is used again and again: fresh pages cost a fault each."""
+    num_rows, num_columns = rows_MD.shape[0], columns_TD.shape[0]
+    return torch.mm(rows_MD, columns_TD.T, out=buffer[: num_rows * num_columns].view(num_rows, num_columns))

@@ -271,18 +271,15 @@ class _InfoNCE(torch.autograd.Function):
         is_pair_N = is_pair_G[own]
         all_images = gathered.images_GD, image_lse_G, is_pair_G
         all_contexts = gathered.contexts_GD, context_lse_G, is_pair_G
-        tile, left_out = gathered.tile_size, gathered.left_out
-        image_pull_ND, image_expected_N = streamed_gradient(
-            (images_ND, image_lse_G[own], is_pair_N), all_contexts, scale, tile, left_out
-        )
-        context_pull_ND, context_expected_N = streamed_gradient(
-            (contexts_ND, context_lse_G[own], is_pair_N), all_images, scale, tile, left_out
-        )
+        settings = scale, gathered.tile_size, gathered.left_out
+        image_pull_ND = streamed_gradient((images_ND, image_lse_G[own], is_pair_N), all_contexts, *settings)
+        context_pull_ND = streamed_gradient((contexts_ND, context_lse_G[own], is_pair_N), all_images, *settings)
         half = 0.5 * grad_loss
         grad_images_ND = half * scale * (image_pull_ND - 2 * contexts_ND)
         grad_contexts_ND = half * scale * (context_pull_ND - 2 * images_ND)
-        similarity_N = (images_ND * contexts_ND).sum(dim=1)
-        grad_scale = half * (image_expected_N + context_expected_N - 2 * similarity_N).sum()
+        # This rank's share: of the scores it has, one half from its images and one half from its contexts.
+        pulled = (images_ND * image_pull_ND).sum() + (contexts_ND * context_pull_ND).sum()
+        grad_scale = half * (0.5 * pulled - 2 * (images_ND * contexts_ND).sum())
         return grad_images_ND, grad_contexts_ND, (grad_scale * scale).to(logit_scale.dtype), None
 
 

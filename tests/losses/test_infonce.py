@@ -60,11 +60,9 @@ def test_gradient_when_slots_are_masked_equals_softmax_of_full_matrix(tile):
     over_columns = scores.softmax(1).nan_to_num(0)  # a row without valid column is all NaN
     over_rows = scores.softmax(0).nan_to_num(0)
     row_lse, column_lse = (scores.logsumexp(dim).masked_fill(~valid, 0.0) for dim in (1, 0))
-    pull, expected = streamed_gradient((rows, row_lse, valid), (columns, column_lse, valid), SCALE, tile)
+    pull = streamed_gradient((rows, row_lse, valid), (columns, column_lse, valid), SCALE, tile)
     torch.testing.assert_close(pull, (over_columns + over_rows) @ columns, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(expected, (over_columns * similarity).sum(1), rtol=1e-12, atol=1e-14)
     assert not pull[~valid].any()
-    assert not expected[~valid].any()
 
 
 # The rows are the slots from 2 on of nine; columns that share a class with a row are left out of it.
@@ -96,7 +94,7 @@ def test_gradient_when_columns_are_left_out_equals_softmax_of_full_matrix(tile):
     scores = (SCALE * similarity).masked_fill(~(valid[:, None] & valid) | _left_out_matrix(), -torch.inf)
     over_columns, over_rows = scores.softmax(1).nan_to_num(0), scores.softmax(0).nan_to_num(0)
     row_lse, column_lse = (scores.logsumexp(dim).masked_fill(~valid, 0.0) for dim in (1, 0))
-    pull, expected = streamed_gradient(
+    pull = streamed_gradient(
         (rows[own], row_lse[own], valid[own]),
         (columns, column_lse, valid),
         SCALE,
@@ -104,4 +102,3 @@ def test_gradient_when_columns_are_left_out_equals_softmax_of_full_matrix(tile):
         LeftOut((CLASSES,), FIRST, ROWS),
     )
     torch.testing.assert_close(pull, ((over_columns + over_rows) @ columns)[own], rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(expected, (over_columns * similarity).sum(1)[own], rtol=1e-12, atol=1e-14)
