@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_tasks_read_what_is_written_and_every_answer_is_right(folder: Path) -> None:
     done = make(folder, "deep/talk")
-    assert (done.returncode, done.stdout) == (0, "deep/talk: 4 captions to train on, 2 to test, 4 test questions\n")
+    assert (done.returncode, done.stdout) == (0, "deep/talk: 4 captions to train on, 2 to test, 6 test questions\n")
     talk = folder / "deep" / "talk"
     for split, labels in (("probe_train", TRAIN), ("test", TEST)):
         found = read_caption_test_set(talk / f"captions_{split}.json")
@@ -51,7 +51,15 @@ def test_tasks_read_what_is_written_and_every_answer_is_right(folder: Path) -> N
         (conversation.images[0], conversation.turns[0].question, conversation.turns[0].answer)
         for conversation in read_conversations(talk / "tuning.json")
     ]
-    (run,) = open_benchmarks(talk / "benchmarks.toml")
+    which, run = open_benchmarks(talk / "benchmarks.toml")
+    assert [(question.image, question.answers) for question in which.questions] == [
+        (f"test{number}.png", (str(label),) * 10) for number, label in enumerate(TEST)
+    ]
+    open_questions, asked = asked[: len(TRAIN)], asked[len(TRAIN) :]
+    # What the benchmark asks is what tuning taught, to the letter.
+    assert {text for _, text, _ in open_questions} == {f"<image>\n{question.text}" for question in which.questions}
+    assert [answer for _, _, answer in open_questions] == [WORDS[label] for label in TRAIN]
+    assert which.benchmark.score(which.questions, [WORDS[label] for label in TEST])["accuracy"].value == 1.0
     tested = [(question.image, question.text, question.answers[0]) for question in run.questions]
     for split, labels, questions in (("probe_train", TRAIN, asked), ("test", TEST, tested)):
         assert len(questions) == 2 * len(labels)

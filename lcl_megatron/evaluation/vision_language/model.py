@@ -198,7 +198,7 @@ class VisionLanguageModel(nn.Module):
             repetition_penalty=1.0,
             no_repeat_ngram_size=0,
             min_length=0,
-            min_new_tokens=0,
+            min_new_tokens=None,
             **settings,
         )
         return cast(Tensor, generated)
