@@ -20,6 +20,7 @@ from lcl_megatron.model.lcl import LCLOutput
 from lcl_megatron.parallel.agreement import AgreedStep, agree
 from lcl_megatron.parallel.contrastive import ContrastiveOutput, contrastive_loss
 from lcl_megatron.parallel.groups import ProcessGroups
+from lcl_megatron.parallel.report import sum_over_context_parallel
 from lcl_megatron.training.run import Run
 
 
@@ -29,7 +30,7 @@ class NonFiniteError(RuntimeError):
 
 @dataclass(frozen=True)
 class LossOutput:
-    """One micro-batch's share of the losses on one data-parallel rank, detached."""
+    """One micro-batch's share of the losses on one data-parallel rank, detached; alike on its tp and cp ranks."""
 
     generation_loss: Tensor
     """Scalar: this share of the global mean over targets."""
@@ -60,7 +61,8 @@ class StepResult:
 class Objective:
     """The loss of each micro-batch of one step.
 
-    Parallel: features are gathered over dp; every tensor-parallel rank computes the same.
+    Parallel: features are gathered over dp; every tensor-parallel rank computes the same. Every context-parallel rank
+    differentiates its own share of the next-token loss and all of the contrastive loss (see ``LCLOutput``).
     """
 
     def __init__(self, loss: LossConfig, agreed: AgreedStep, groups: ProcessGroups) -> None:
@@ -85,7 +87,8 @@ class Objective:
         )
         contrastive = contrast.loss_sum / max(1, self.agreed.num_pairs)
         total = self.loss.generation_loss_weight * generation + self.loss.contrastive_loss_weight * contrastive
-        parts = LossOutput(generation.detach(), contrastive.detach(), contrast, output.logit_scale.detach())
+        whole_generation = sum_over_context_parallel(generation, self.groups)
+        parts = LossOutput(whole_generation, contrastive.detach(), contrast, output.logit_scale.detach())
         if output.latent_errors_N is None:
             return total, parts
         regression = self._latent_regression(micro_batch, output.latent_errors_N)

@@ -91,10 +91,11 @@ class Layout:
     sequence_parallel: bool = False
     cuts: tuple[str, ...] = ()
     latent_regression: float = 0.0
+    context: int = 1
 
     @property
     def world_size(self) -> int:
-        return self.data_parallel_size * self.tensor * (len(self.cuts) + 1)
+        return self.data_parallel_size * self.tensor * self.context * (len(self.cuts) + 1)
 
     def config(self) -> RunConfig:
         return dataclasses.replace(
@@ -104,6 +105,7 @@ class Layout:
             parallel=ParallelConfig(
                 tensor_model_parallel_size=self.tensor,
                 sequence_parallel=self.sequence_parallel,
+                context_parallel_size=self.context,
                 pipeline_model_parallel_size=len(self.cuts) + 1,
                 pipeline_cuts=self.cuts,
             ),
@@ -138,6 +140,25 @@ LAYOUTS = [
     Layout("dp2 x pp2", 1, data_parallel_size=2, cuts=("vision.2",)),
     Layout("dp2 x tp2", 1, data_parallel_size=2, tensor=2),
     Layout("dp2 x tp2, sequence parallel", 2, data_parallel_size=2, tensor=2, sequence_parallel=True),
+    # Documents end within and at chunks of 16 (cp2) and 8 (cp4) positions; with one row there are fewer images than ranks.
+    Layout("cp2", 1, context=2),
+    Layout("cp2, micro-batches of 8", 8, context=2),
+    Layout("cp4", 2, context=4),
+    Layout("cp2 x dp2", 1, data_parallel_size=2, context=2),
+    Layout("cp2 x tp2", 2, tensor=2, context=2),
+    Layout("cp2 x tp2, sequence parallel", 1, tensor=2, sequence_parallel=True, context=2),
+    Layout("cp2 x pp2 inside the ViT", 1, cuts=("vision.1",), context=2),
+    Layout("cp2 x pp2 before the token embedding", 2, cuts=("language.embed",), context=2),
+    Layout("cp2 x pp3", 1, cuts=("pool", "language.1"), context=2),
+    Layout(
+        "cp2 x tp2 x pp2, sequence parallel, inside the ViT",
+        2,
+        tensor=2,
+        sequence_parallel=True,
+        cuts=("vision.2",),
+        context=2,
+    ),
+    Layout("cp2 x dp2 x pp2 inside the LM", 1, data_parallel_size=2, cuts=("language.1",), context=2),
 ]
 
 LAYOUTS_OF_REGRESSION = [
