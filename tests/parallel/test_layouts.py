@@ -140,7 +140,8 @@ LAYOUTS = [
     Layout("dp2 x pp2", 1, data_parallel_size=2, cuts=("vision.2",)),
     Layout("dp2 x tp2", 1, data_parallel_size=2, tensor=2),
     Layout("dp2 x tp2, sequence parallel", 2, data_parallel_size=2, tensor=2, sequence_parallel=True),
-    # Documents end within and at chunks of 16 (cp2) and 8 (cp4) positions; with one row there are fewer images than ranks.
+    # Documents end within and at the border of chunks of 16 (cp2) and 8 (cp4) positions; some rows have fewer images
+    # than there are ranks.
     Layout("cp2", 1, context=2),
     Layout("cp2, micro-batches of 8", 8, context=2),
     Layout("cp4", 2, context=4),
