@@ -176,11 +176,13 @@ def _layer_submodules(runtime: Runtime, mask: AttnMaskType, branch: ModuleSpec) 
     if runtime.transformer_impl == "transformer_engine":
         from megatron.core.extensions import transformer_engine as te
 
+        from lcl_megatron.model.te_attention import FetchingTEAttention
+
         column, row, norm, core = (
             te.TELayerNormColumnParallelLinear,
             te.TERowParallelLinear,
             IdentityOp,
-            te.TEDotProductAttention,
+            FetchingTEAttention,
         )
     else:
         column, row, norm, core = (
