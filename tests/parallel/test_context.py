@@ -36,7 +36,7 @@ ROWS: dict[str, list[list[Document]]] = {
     "no image": [[(20, ()), (30, ())]],
 }
 TOLERANCE = 1e-10
-"""Of float64, relative to the largest entry; seen: at most 1e-14."""
+"""Relative, of float64."""
 
 
 def _random(seed: int, *shape: int) -> Tensor:

@@ -18,7 +18,7 @@ from tests.training.small_runs import DataFolder, plain_document, read_reports, 
 ROOT = Path(__file__).parents[2]
 STEPS = 5
 TOLERANCE = 1e-5
-"""Relative, fp32; seen over five steps: at most 8e-7."""
+"""Relative, fp32."""
 
 
 def _pretrain_on_two(folder: Path, *flags: str) -> str:
