@@ -158,7 +158,8 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     """Ranks that share the line of layers."""
     context_parallel_size: int = 1
-    """Ranks that share a row's positions. Only 1 is implemented."""
+    """Ranks that share the positions, and the images, of each micro-batch: for rows too long for the memory of one
+    device. Twice this must divide ``data.seq_length``."""
     sequence_parallel: bool = False
     """Split activations between matrix products over the tensor-parallel ranks."""
     pipeline_cuts: tuple[str, ...] = ()
@@ -176,10 +177,6 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
         require_positive(self, "parallel", *sizes)
-        require(
-            self.context_parallel_size == 1,
-            f"parallel.context_parallel_size = {self.context_parallel_size}; only 1 is implemented",
-        )
         require(
             not self.sequence_parallel or self.tensor_model_parallel_size > 1,
             "parallel.sequence_parallel is on with parallel.tensor_model_parallel_size = 1; "

@@ -24,6 +24,7 @@ def validate(config: RunConfig, world_size: int) -> None:
     _check_batch(config, data_parallel_size(config, world_size))
     _check_tensor_parallel(config)
     _check_drop_path(config)
+    _check_context_parallel(config)
     _check_pipeline(config)
     _check_sequence(config)
     _check_schedule(config)
@@ -78,7 +79,7 @@ def _check_layout(config: RunConfig, world_size: int) -> None:
         world_size >= 1 and world_size % (tp * pp * cp) == 0,
         f"{world_size} processes cannot be divided into replicas of tensor x pipeline x context parallel = "
         f"{tp} x {pp} x {cp} = {tp * pp * cp} processes each; start a multiple of {tp * pp * cp} processes, "
-        "or change --tensor-model-parallel-size or --pipeline-model-parallel-size",
+        "or change --tensor-model-parallel-size, --pipeline-model-parallel-size or --context-parallel-size",
     )
 
 
@@ -115,12 +116,31 @@ def _check_tensor_parallel(config: RunConfig) -> None:
         f"parallel.tensor_model_parallel_size = {tp} ranks; set --language.make-vocab-size-divisible-by "
         f"to a multiple of {tp}",
     )
+    cp = config.parallel.context_parallel_size
     positions = config.training.micro_batch_size * config.data.seq_length
+    by_context = f", of which parallel.context_parallel_size = {cp} leaves each rank one in {cp}," if cp > 1 else ""
     require(
-        not config.parallel.sequence_parallel or positions % tp == 0,
+        not config.parallel.sequence_parallel or positions % (tp * cp) == 0,
         f"micro_batch_size x seq_length = {config.training.micro_batch_size} x {config.data.seq_length} = {positions} "
-        f"positions cannot be split over parallel.tensor_model_parallel_size = {tp} ranks, as "
-        f"parallel.sequence_parallel does; set --seq-length to a multiple of {tp}, or --no-sequence-parallel",
+        f"positions{by_context} cannot be split over parallel.tensor_model_parallel_size = {tp} ranks, as "
+        f"parallel.sequence_parallel does; set --seq-length to a multiple of {tp * cp}, or --no-sequence-parallel",
+    )
+
+
+def _check_context_parallel(config: RunConfig) -> None:
+    cp, seq_length = config.parallel.context_parallel_size, config.data.seq_length
+    require(
+        cp == 1 or seq_length % (2 * cp) == 0,
+        f"data.seq_length = {seq_length} cannot be cut into 2 x parallel.context_parallel_size = {2 * cp} equal "
+        f"chunks, of which each rank takes two; set --seq-length to a multiple of {2 * cp}, e.g. "
+        f"{seq_length // (2 * cp) * 2 * cp or 2 * cp}, or change --context-parallel-size",
+    )
+    weight = config.loss.latent_regression_loss_weight
+    require(
+        weight == 0 or cp == 1,
+        f"loss.latent_regression_loss_weight = {weight} with parallel.context_parallel_size = {cp}: the rank that "
+        "holds an image's latents need not hold the positions before them, from which they would be foretold; set "
+        "--context-parallel-size 1, or --latent-regression-loss-weight 0",
     )
 
 

@@ -17,8 +17,39 @@ from lcl_megatron.config.image import BLANK_PIXEL
 
 
 @dataclass(frozen=True)
+class AttentionRuns:
+    """What the positions that one context-parallel rank holds attend to: runs of queries, each with a run of keys.
+
+    A run of queries is a stretch of one document that lies within one chunk of the rank's positions. Its keys go from
+    the document's begin to the run's end, so the last query of a run sees all of its keys, the one before all but one,
+    and so on: attention that is causal from the bottom right. Runs of queries follow each other as the rank holds its
+    positions; runs of keys are laid out in the same order.
+    """
+
+    query_borders: Tensor
+    """(runs + 1,) int32, borders of the runs among the rank's positions."""
+    key_borders: Tensor
+    """(runs + 1,) int32, borders of the runs of keys."""
+    key_rows: Tensor
+    """(keys,) int64, row of each key among the keys of all context-parallel ranks, rank after rank."""
+    lengths: tuple[tuple[int, int], ...]
+    """Queries and keys of each run: the borders, for the host."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> AttentionRuns:
+        """Return the runs with every tensor on ``device``."""
+        queries, keys, rows = (
+            tensor.to(device, non_blocking=non_blocking)
+            for tensor in (self.query_borders, self.key_borders, self.key_rows)
+        )
+        return AttentionRuns(queries, keys, rows, self.lengths)
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """One micro-batch on one data-parallel rank.
+
+    Context-parallel ranks share a micro-batch. What each needs of it differs in the fields that say so; all positions
+    are those of the whole rows on every one of them.
 
     A micro-batch without images still has one image slot (N = 1), a blank one with ``num_images = 0``:
     the encoder's parameters then receive zero gradients, so that no data-parallel rank waits for them.
@@ -37,7 +68,8 @@ class PackedBatch:
     max_seqlen: int
     """Length of the longest document, in tokens."""
     label_positions: Tensor
-    """(K,) int64, flat positions where ``loss_mask`` is True, ascending."""
+    """(K,) int64, flat positions where ``loss_mask`` is True, ascending; of these, under context parallelism, the ones
+    that the rank holds."""
     image_slots: Tensor
     """(num_images,) int64, flat position of each image's first latent; its other latents follow."""
     context_slots: Tensor
@@ -45,11 +77,13 @@ class PackedBatch:
     has_context: Tensor
     """(N,) bool, True where the image may be contrasted with its context."""
     image_keys: Tensor
-    """(N,) int64, identifies the image in the corpus; seeds crops and drop-path."""
+    """(N,) int64, identifies the image in the corpus; seeds crops and drop-path. Under context parallelism of the
+    images that the rank encodes."""
     image_ok: Tensor
     """(N,) bool, False for a blank slot and for an image that could not be decoded."""
     images: Tensor | None
-    """(N, 3, size, size) uint8 RGB, or float already normalised; None on stages that hold no patch embedding."""
+    """(N, 3, size, size) uint8 RGB, or float already normalised; None on stages that hold no patch embedding.
+    Under context parallelism those that the rank encodes."""
     num_images: int
     """Real images; N = max(1, num_images)."""
     image_hashes: Tensor | None = None
@@ -58,11 +92,18 @@ class PackedBatch:
     context_hashes: Tensor | None = None
     """(N,) int64, not negative, equal where what stands before ``<BoI>`` in the document is; 0 = nothing but special
     tokens, and for a blank slot. None as ``image_hashes``."""
+    runs: AttentionRuns | None = None
+    """What the rank's positions attend to, under context parallelism; None = each document to itself."""
 
     @property
     def num_image_slots(self) -> int:
-        """N: rows of ``images`` and of the pooled latents."""
+        """N: image slots of the micro-batch, all of which are contrasted."""
         return max(1, self.num_images)
+
+    @property
+    def num_encoded(self) -> int:
+        """Image slots that this rank encodes: rows of ``images``. N unless context parallelism splits them."""
+        return self.image_keys.shape[0]
 
     @property
     def pair_mask(self) -> Tensor:
@@ -74,7 +115,7 @@ class PackedBatch:
         moved = {
             f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
             for f in dataclasses.fields(self)
-            if isinstance(getattr(self, f.name), Tensor)
+            if isinstance(getattr(self, f.name), Tensor | AttentionRuns)
         }
         return dataclasses.replace(self, **moved)
 

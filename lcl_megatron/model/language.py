@@ -1,7 +1,8 @@
 """The language model: an OPT-style causal transformer over text embeddings and image latents.
 
-Shape letters: B rows, S positions, T = B * S flattened positions, H width, N image slots, L latents per image,
-K text targets, V vocabulary (this rank's part under tensor parallelism), D contrastive width.
+Shape letters: B rows, S positions, T = B * S flattened positions (of these, under context parallelism, the ones that
+this rank holds), H width, N image slots, L latents per image, K text targets, V vocabulary (this rank's part under
+tensor parallelism), D contrastive width.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lcl_megatron.config import LanguageConfig
-from lcl_megatron.model.attention import PackedSequences
 from lcl_megatron.model.layers import LayerStack
 from lcl_megatron.model.parts import mark, present
+from lcl_megatron.model.row_edge import RowEdge, WholeRows
 from lcl_megatron.model.specs import Runtime, language_layer_spec, language_transformer_config
 
 if TYPE_CHECKING:
@@ -41,11 +42,12 @@ class TokenEmbedding(MegatronModule):
     """Token and learned position embeddings, with image latents put in place of the placeholders.
 
     Parallel: the token table is split over tp by vocabulary; positions are replicated. The result is whole on every
-    rank before the sequence edge splits it.
+    tp rank before the sequence edge splits it; each cp rank embeds the positions that it holds.
     """
 
     def __init__(self, language: LanguageConfig, runtime: Runtime) -> None:
         super().__init__(config=language_transformer_config(language, runtime))
+        self.rows = runtime.rows
         self.word_embeddings = VocabParallelEmbedding(
             language.padded_vocab_size,
             language.hidden_size,
@@ -59,19 +61,23 @@ class TokenEmbedding(MegatronModule):
 
     def forward(self, batch: PackedBatch, latents_NLH: Tensor) -> Tensor:
         """Return input embeddings (T, 1, H) of a micro-batch; positions are added to text and latents alike."""
-        embeddings_TH = self.word_embeddings(batch.tokens).flatten(0, 1)
-        embeddings_TH = place_latents(embeddings_TH, latents_NLH[: batch.num_images], batch.image_slots)
-        embeddings_TH = embeddings_TH + F.embedding(batch.position_ids.flatten(), self.position_embeddings)
+        embeddings_TH = self.word_embeddings(self.rows.own(batch.tokens)).flatten(0, 1)
+        embeddings_TH = place_latents(embeddings_TH, latents_NLH[: batch.num_images], batch.image_slots, self.rows)
+        position_ids_T = self.rows.own(batch.position_ids).flatten()
+        embeddings_TH = embeddings_TH + F.embedding(position_ids_T, self.position_embeddings)
         return embeddings_TH[:, None]
 
 
-def place_latents(embeddings_TH: Tensor, latents_NLH: Tensor, image_slots: Tensor) -> Tensor:
+def place_latents(
+    embeddings_TH: Tensor, latents_NLH: Tensor, image_slots: Tensor, rows: RowEdge | None = None
+) -> Tensor:
     """Return the embeddings with each image's latents at ``image_slots[n], image_slots[n] + 1, ...``.
 
     Args:
         embeddings_TH: text embeddings.
         latents_NLH: latents of the real images; N may be 0, the result then still depends on them (with gradient 0).
         image_slots: (N,) int64, flat position of each image's first latent.
+        rows: which positions are here; None = all.
 
     Raises:
         ValueError: the counts differ, so latents would land on the wrong images.
@@ -80,7 +86,7 @@ def place_latents(embeddings_TH: Tensor, latents_NLH: Tensor, image_slots: Tenso
         raise ValueError(f"{latents_NLH.shape[0]} images have latents, {image_slots.shape[0]} have a place in the rows")
     offsets_L = torch.arange(latents_NLH.shape[1], device=image_slots.device)
     positions = (image_slots[:, None] + offsets_L).flatten()
-    return embeddings_TH.index_copy(0, positions, latents_NLH.flatten(0, 1).to(embeddings_TH.dtype))
+    return (rows or WholeRows()).place(embeddings_TH, latents_NLH.flatten(0, 1).to(embeddings_TH.dtype), positions)
 
 
 class LanguageHeads(MegatronModule):
@@ -189,6 +195,7 @@ class LanguageModel(MegatronModule):
     ) -> None:
         super().__init__(config=language_transformer_config(language, runtime))
         self.edge = runtime.edge
+        self.rows = runtime.rows
         self.language = language
         layers = range(language.num_layers) if layers is None else layers
         self.embedding = TokenEmbedding(language, runtime) if has_embedding else None
@@ -213,12 +220,16 @@ class LanguageModel(MegatronModule):
         return self.vocabulary_weight if self.output_projection is None else self.output_projection()
 
     def embed(self, batch: PackedBatch, latents_NLH: Tensor) -> Tensor:
-        """Return this rank's rows of the input embeddings, (T, 1, H)."""
+        """Return this rank's rows of the input embeddings, (T, 1, H); takes the latents of all images, (N, L, H)."""
         return self.edge.scatter(present(self.embedding)(batch, latents_NLH))
 
     def decode(self, hidden_T1H: Tensor, batch: PackedBatch) -> Tensor:
         """Run this stage's layers on this rank's rows, (T, 1, H); attention stays within each document."""
-        sequences = PackedSequences.of(batch.cu_seqlens, batch.max_seqlen, row_length=batch.tokens.shape[1])
+        sequences = self.rows.sequences(batch)
         for _, layer in self.layers.items():
             hidden_T1H, _ = layer(hidden_T1H, attention_mask=None, packed_seq_params=sequences)
         return hidden_T1H
+
+    def pick_rows(self, hidden_T1H: Tensor, positions_K: Tensor) -> Tensor:
+        """Return rows (K, H) at flat positions on every tp rank; where another cp rank holds one, some other row."""
+        return self.edge.pick_rows(hidden_T1H, self.rows.local(positions_K))

@@ -33,21 +33,29 @@ class Activations:
     """What flows along the line of pieces; only what the next piece needs is set."""
 
     patches_T1C: Tensor | None = None
-    """Patch features between vision pieces; this rank's rows under sequence parallelism."""
+    """Patch features between vision pieces; this rank's rows under sequence parallelism, of the images that it encodes
+    under context parallelism."""
     latents_NLH: Tensor | None = None
-    """Image latents between the pool and the token embedding; to the heads where they are regressed."""
+    """Image latents between the pool and the token embedding; to the heads where they are regressed. Of the images
+    that this rank encodes."""
     pooled_ND: Tensor | None = None
-    """Global image latents, from the pool to the heads."""
+    """Global image latents, from the pool to the heads; of the images that this rank encodes."""
     hidden_T1H: Tensor | None = None
-    """Hidden states between language pieces; this rank's rows under sequence parallelism."""
+    """Hidden states between language pieces; this rank's rows under sequence and context parallelism."""
 
 
 @dataclass(frozen=True)
 class LCLOutput:
-    """What the losses read; whole and alike on every tensor-parallel rank."""
+    """What the losses read; whole and alike on every tensor-parallel and, but for token losses, context-parallel rank.
+
+    Losses made of what is alike are computed by every context-parallel rank, and each passes the whole gradient back:
+    what belongs to other ranks is taken out behind this interface, so that summing parameters' gradients over all
+    context-parallel ranks counts nothing twice. That holds for ``logit_scale`` only as it is given here.
+    """
 
     token_losses_K: Tensor
-    """(K,) float32 next-token cross-entropy of each text target; empty where only features were asked for."""
+    """(K,) float32 next-token cross-entropy of each text target (under context parallelism, of this rank's targets);
+    empty where only features were asked for."""
     pooled_ND: Tensor
     """(N, D) global latent of each image slot."""
     context_ND: Tensor
@@ -116,35 +124,40 @@ class LCLModel(MegatronModule):
         patches_T1C = vision.encode(patches_T1C, batch.image_keys, self._drop_path(step))
         if self.pool is None:
             return Activations(patches_T1C=patches_T1C)
-        latents_NLH, pooled_ND = self.pool(vision.finish(patches_T1C, batch.num_image_slots))
+        latents_NLH, pooled_ND = self.pool(vision.finish(patches_T1C, batch.num_encoded))
         return Activations(latents_NLH=latents_NLH, pooled_ND=pooled_ND)
 
     def _read(self, batch: PackedBatch, state: Activations) -> Activations:
         """Run the stage's language pieces."""
         language = present(self.language)
         if self.stage.has(LANGUAGE_EMBED):
-            hidden_T1H = language.embed(batch, present(state.latents_NLH))
+            latents_NLH = language.rows.gather_latents(present(state.latents_NLH), batch.num_image_slots)
+            hidden_T1H = language.embed(batch, latents_NLH)
         else:
             hidden_T1H = present(state.hidden_T1H)
         hidden_T1H = language.decode(hidden_T1H, batch)
-        latents_NLH = state.latents_NLH if self._regresses_latents else None
-        return Activations(latents_NLH=latents_NLH, pooled_ND=state.pooled_ND, hidden_T1H=hidden_T1H)
+        regressed_NLH = state.latents_NLH if self._regresses_latents else None
+        return Activations(latents_NLH=regressed_NLH, pooled_ND=state.pooled_ND, hidden_T1H=hidden_T1H)
 
     def _finish(self, batch: PackedBatch, state: Activations, features_only: bool) -> LCLOutput:
         """Compute token losses and context features."""
         language, hidden_T1H = present(self.language), present(state.hidden_T1H)
-        losses_K = hidden_T1H.new_empty(0) if features_only else self._token_losses(batch, hidden_T1H)
-        context_hidden_NH = language.edge.pick_rows(hidden_T1H, batch.context_slots)
+        rows, losses_K = language.rows, hidden_T1H.new_empty(0)
+        if not features_only:
+            losses_K = self._token_losses(batch, hidden_T1H)
+        context_hidden_NH = language.pick_rows(hidden_T1H, batch.context_slots)
         context_ND = present(language.heads).context_features(context_hidden_NH)
+        context_ND = rows.of_holders(context_ND, batch.context_slots)
+        pooled_ND = rows.gather_pooled(present(state.pooled_ND), batch.num_image_slots)
         errors_N = self._latent_errors(batch, state) if self._regresses_latents and not features_only else None
-        return LCLOutput(losses_K, present(state.pooled_ND), context_ND, present(self.logit_scale)[0], errors_N)
+        return LCLOutput(losses_K, pooled_ND, context_ND, rows.once(present(self.logit_scale)[0]), errors_N)
 
     def _token_losses(self, batch: PackedBatch, hidden_T1H: Tensor) -> Tensor:
         """Return the loss of each target, (K,) float32; a micro-batch without targets has one of weight 0."""
         language = present(self.language)
         has_targets = batch.label_positions.shape[0] > 0
         positions_K = batch.label_positions if has_targets else batch.label_positions.new_zeros(1)
-        target_hidden_KH = language.edge.pick_rows(hidden_T1H, positions_K)
+        target_hidden_KH = language.pick_rows(hidden_T1H, positions_K)
         labels_K = batch.labels.flatten().index_select(0, positions_K)
         losses_K = present(language.heads).token_losses(target_hidden_KH, labels_K, language.vocabulary_matrix())
         return losses_K if has_targets else losses_K * 0.0
@@ -167,7 +180,7 @@ class LCLModel(MegatronModule):
         num_latents = latents_NLH.shape[1]
         offsets_L = torch.arange(num_latents, device=batch.context_slots.device)
         positions = (batch.context_slots[:, None] + offsets_L).flatten()
-        hidden = language.edge.pick_rows(present(state.hidden_T1H), positions)
+        hidden = language.pick_rows(present(state.hidden_T1H), positions)
         predicted_NLH = present(language.heads).context_features(hidden).unflatten(0, (-1, num_latents))
         return (predicted_NLH.float() - latents_NLH.float()).square().mean(dim=(1, 2))
 
@@ -175,7 +188,7 @@ class LCLModel(MegatronModule):
         """Return logits (K, V) float32 of every text target; for inspection, needs the whole model."""
         state = self._read(batch, self._see(batch, Activations(), step=0))
         language = present(self.language)
-        hidden_KH = language.edge.pick_rows(present(state.hidden_T1H), batch.label_positions)
+        hidden_KH = language.pick_rows(present(state.hidden_T1H), batch.label_positions)
         heads = present(language.heads)
         return heads.logits(heads.normalized(hidden_KH), language.vocabulary_matrix())
 

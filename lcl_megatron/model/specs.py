@@ -30,6 +30,7 @@ from lcl_megatron.config import ConfigError, LanguageConfig, VisionConfig
 from lcl_megatron.model.attention import TorchCoreAttention
 from lcl_megatron.model.parts import mark
 from lcl_megatron.model.residual import ResidualBranch, VisionLayer
+from lcl_megatron.model.row_edge import RowEdge, WholeRows
 from lcl_megatron.model.sequence_edge import SequenceEdge, WholeSequence
 
 
@@ -44,7 +45,9 @@ class Runtime:
     sequence_parallel: bool = False
     """Whether activations are split over those ranks."""
     edge: SequenceEdge = field(default_factory=WholeSequence)
-    """How sequences are split and read."""
+    """How sequences are split over tensor-parallel ranks, and read."""
+    rows: RowEdge = field(default_factory=WholeRows)
+    """How positions and images of a micro-batch are shared by context-parallel ranks."""
     params_dtype: torch.dtype = torch.float32
     """dtype of parameters and activations."""
     transformer_impl: str = "torch"
@@ -179,13 +182,15 @@ def _layer_submodules(
     if runtime.transformer_impl == "transformer_engine":
         from megatron.core.extensions import transformer_engine as te
 
+        from lcl_megatron.model.te_attention import FetchingTEAttention
+
         # A fused LayerNorm keeps its output; what ``recompute_selectively`` shall drop must be a module of its own.
         column, norm = (
             (te.TEColumnParallelLinear, SequenceParallelLayerNorm)
             if selective
             else (te.TELayerNormColumnParallelLinear, IdentityOp)
         )
-        row, core = te.TERowParallelLinear, te.TEDotProductAttention
+        row, core = te.TERowParallelLinear, FetchingTEAttention
     else:
         column, row, norm, core = (
             ColumnParallelLinear,

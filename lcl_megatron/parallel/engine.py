@@ -19,8 +19,10 @@ from lcl_megatron.data.batch import PackedBatch
 from lcl_megatron.model.initialization import initialize_weights
 from lcl_megatron.model.lcl import LCLModel, LCLOutput
 from lcl_megatron.model.line import Stage, cut_line
+from lcl_megatron.model.row_edge import RowEdge, WholeRows
 from lcl_megatron.model.sequence_edge import WholeSequence
 from lcl_megatron.model.specs import Runtime, resolve_transformer_impl
+from lcl_megatron.parallel.context import ContextParallelRows
 from lcl_megatron.parallel.groups import ProcessGroups, initialize
 from lcl_megatron.parallel.pipeline import PipelineStage, PlannedP2PCommunicator, embedding_ranks
 from lcl_megatron.parallel.sequence import TensorParallelSequence
@@ -47,9 +49,11 @@ class Engine:
     stage: Stage
     """Pieces of the model on this rank."""
     ddp: DistributedDataParallel
-    """The stage inside megatron-core's data parallelism: gradients are summed over dp."""
+    """The stage inside megatron-core's data parallelism: gradients are summed over dp x cp."""
     device: torch.device
     """Where the stage lives."""
+    rows: RowEdge
+    """How positions and images of a micro-batch are shared over cp."""
 
     @property
     def model(self) -> LCLModel:
@@ -67,7 +71,7 @@ class Engine:
         """Run all micro-batches of a step through the pipeline.
 
         Args:
-            micro_batches: this rank's micro-batches, in order.
+            micro_batches: this data-parallel rank's micro-batches, in order; all cp ranks give the same.
             loss_function: called on the last stage with the micro-batch index and the model's output; the loss it
                 returns is differentiated as it is, i.e. it must be divided by global counts already.
             step: optimizer step, seeds drop-path.
@@ -82,7 +86,7 @@ class Engine:
 
         def forward_step(iterator: Any, model: DistributedDataParallel) -> tuple[Any, Callable[[Any], Any]]:
             index, micro_batch = next(iterator)
-            output = model(micro_batch.to(self.device), step)
+            output = model(self._own_part(micro_batch), step)
             return output, partial(self._loss_and_report, partial(loss_function, index))
 
         return self._schedule(forward_step, batches, micro_batches, forward_only, whole_gradients)
@@ -100,7 +104,7 @@ class Engine:
         batches = iter(micro_batches)
 
         def forward_step(iterator: Any, model: DistributedDataParallel) -> tuple[Any, Callable[[Any], Any]]:
-            output = model(next(iterator).to(self.device), step, features_only=True)
+            output = model(self._own_part(next(iterator)), step, features_only=True)
             return output, partial(self._loss_and_report, self._nothing_to_differentiate)
 
         with torch.no_grad():
@@ -129,7 +133,7 @@ class Engine:
         """
 
         def forward_step(_: Any, model: DistributedDataParallel) -> tuple[Any, Callable[[Any], Any]]:
-            outputs = [model(micro_batch.to(self.device), step) for micro_batch in micro_batches]
+            outputs = [model(self._own_part(micro_batch), step) for micro_batch in micro_batches]
             return outputs, partial(self._loss_and_report, loss_function)
 
         # To the schedule it is one micro-batch, so gradients are reduced once, after the one backward pass.
@@ -174,6 +178,10 @@ class Engine:
         if overlapped:
             self.ddp.enable_forward_pre_hook()
 
+    def _own_part(self, micro_batch: PackedBatch) -> PackedBatch:
+        """Return what this rank reads of a micro-batch, on its device."""
+        return self.rows.part(micro_batch).to(self.device)
+
     def _nothing_to_differentiate(self, output: LCLOutput) -> tuple[Tensor, LCLOutput]:
         return torch.zeros((), device=self.device), output
 
@@ -188,11 +196,13 @@ def build_engine(config: RunConfig, groups: ProcessGroups) -> Engine:
     stage = cut_line(config)[groups.pp_rank]
     device = groups.device
     parallel = config.parallel
+    rows = ContextParallelRows(groups, config.data.seq_length) if groups.cp_size > 1 else WholeRows()
     runtime = Runtime(
         collection=groups.collection,
         tensor_parallel_size=groups.tp_size,
         sequence_parallel=parallel.sequence_parallel,
         edge=TensorParallelSequence(groups) if parallel.sequence_parallel else WholeSequence(),
+        rows=rows,
         params_dtype=_DTYPES[config.training.precision],
         transformer_impl=resolve_transformer_impl(config.training.transformer_impl),
     )
@@ -212,11 +222,15 @@ def build_engine(config: RunConfig, groups: ProcessGroups) -> Engine:
     )
     schedule.no_sync_func = ddp.no_sync
     ddp.train()
-    return Engine(config, groups, stage, ddp, device)
+    return Engine(config, groups, stage, ddp, device, rows)
 
 
 def _schedule_config(config: RunConfig, runtime: Runtime) -> TransformerConfig:
-    """Return what megatron-core's schedule, DDP and optimizer read. It describes no layer: widths are formal."""
+    """Return what megatron-core's schedule, DDP and optimizer read. It describes no layer: widths are formal.
+
+    Context parallelism is not named in it: gradients are summed over the group dp x cp that DDP is given, and losses,
+    divided by global counts, need no factor of cp.
+    """
     stages = config.parallel.pipeline_model_parallel_size
     return TransformerConfig(
         num_layers=stages,

@@ -95,8 +95,12 @@ class ProcessGroups:
         return self.dp.size()
 
     def describe(self) -> str:
-        """Return rank and coordinates, e.g. ``rank 5 (dp1 pp0 tp1)``: the prefix of every distributed error."""
-        return f"rank {self.rank} (dp{self.dp_rank} pp{self.pp_rank} tp{self.tp_rank})"
+        """Return rank and coordinates, e.g. ``rank 5 (dp1 pp0 tp1)``: the prefix of every distributed error.
+
+        Under context parallelism its rank is named too: ``rank 5 (dp1 pp0 cp0 tp1)``.
+        """
+        context = f"cp{self.cp_rank} " if self.cp_size > 1 else ""
+        return f"rank {self.rank} (dp{self.dp_rank} pp{self.pp_rank} {context}tp{self.tp_rank})"
 
     @property
     def device(self) -> torch.device:
@@ -202,7 +206,7 @@ def _check_layout(parallel: ParallelConfig, world_size: int) -> None:
         world_size % (tp * pp * cp) == 0,
         f"{world_size} processes cannot be split into models of {tp * pp * cp} "
         f"(tensor {tp} x pipeline {pp} x context {cp}); start a multiple of {tp * pp * cp} processes or "
-        "change parallel.*_model_parallel_size",
+        "change parallel.*_parallel_size",
     )
 
 

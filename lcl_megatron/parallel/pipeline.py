@@ -5,9 +5,12 @@ piece that the next stage starts with:
 
 | next piece | rows of the tensor | width |
 |---|---|---|
-| ``vision.I``, ``pool`` | patch features, T_vision (this rank's part under sequence parallelism) | C |
+| ``vision.I``, ``pool`` | patch features, T_vision (this rank's part) | C |
 | ``language.embed`` | image latents, N * L, then pooled latents, N | H |
 | ``language.I``, ``heads`` | hidden states, T_language (this rank's part), then pooled latents, N | H |
+
+N and T are this rank's part: the images that it encodes and the positions that it holds under context parallelism, of
+T its rows under sequence parallelism.
 
 Pooled latents are extra rows that no layer touches: they are born at the pool and contrasted on the last stage.
 Image counts differ between micro-batches, and so do shapes; every stage knows them from the plan, so none are
@@ -18,7 +21,7 @@ Shape letters: N image slots, L latents per image, T flattened tokens, C vision 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,26 +38,29 @@ from lcl_megatron.model.line import HEADS, LANGUAGE_EMBED, POOL, Stage
 from lcl_megatron.model.parts import present
 from lcl_megatron.model.specs import Runtime
 from lcl_megatron.parallel.groups import ProcessGroups
+from lcl_megatron.parallel.zigzag import encoded_slots
 
 if TYPE_CHECKING:
     from lcl_megatron.data.batch import PackedBatch
 
 
-def boundary_shape(piece: str, config: RunConfig, num_images: int) -> tuple[int, int, int]:
+def boundary_shape(piece: str, config: RunConfig, num_images: int, cp_rank: int = 0) -> tuple[int, int, int]:
     """Return the shape of what a stage that starts with ``piece`` receives for one micro-batch on one rank.
 
     Args:
         piece: first piece of the receiving stage.
         config: the run.
         num_images: real images of the micro-batch; a micro-batch without images has one blank slot.
+        cp_rank: context-parallel rank, which encodes a part of the images.
     """
-    slots = max(1, num_images)
+    context = config.parallel.context_parallel_size
+    slots = len(encoded_slots(max(1, num_images), cp_rank, context))
     ways = config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1
     if piece == POOL or piece.startswith("vision."):
         return -(-slots * config.vision.num_tokens // ways), 1, config.vision.hidden_size
     if piece == LANGUAGE_EMBED:
         return slots * config.vision.num_patches + slots, 1, config.language.hidden_size
-    tokens = config.training.micro_batch_size * config.data.seq_length
+    tokens = config.training.micro_batch_size * config.data.seq_length // context
     return tokens // ways + slots, 1, config.language.hidden_size
 
 
@@ -68,20 +74,26 @@ def pack(activations: Activations) -> Tensor:
     return torch.cat([head, present(activations.pooled_ND)[:, None].to(head.dtype)])
 
 
-def unpack(received: Tensor, piece: str, num_image_slots: int) -> Activations:
-    """Return the activations that a stage starting with ``piece`` finds in a received tensor."""
+def unpack(received: Tensor, piece: str, num_encoded: int) -> Activations:
+    """Return the activations that a stage starting with ``piece`` finds in a received tensor.
+
+    Args:
+        received: (rows, 1, width), as ``pack`` made it.
+        piece: first piece of the stage.
+        num_encoded: image slots that this rank encodes.
+    """
     if piece == POOL or piece.startswith("vision."):
         return Activations(patches_T1C=received)
-    head, pooled_ND = received[:-num_image_slots], received[-num_image_slots:, 0]
+    head, pooled_ND = received[:-num_encoded], received[-num_encoded:, 0]
     if piece == LANGUAGE_EMBED:
-        return Activations(latents_NLH=head[:, 0].unflatten(0, (num_image_slots, -1)), pooled_ND=pooled_ND)
+        return Activations(latents_NLH=head[:, 0].unflatten(0, (num_encoded, -1)), pooled_ND=pooled_ND)
     return Activations(hidden_T1H=head, pooled_ND=pooled_ND)
 
 
 class PipelineStage(MegatronModule):
     """The model's part on this rank, in the form that megatron-core's schedule, DDP and finalisation expect.
 
-    Parallel: tp inside the layers; pp through ``set_input_tensor``, which the schedule calls with what the stage
+    Parallel: tp and cp inside the model; pp through ``set_input_tensor``, which the schedule calls with what the stage
     before sent.
     """
 
@@ -112,7 +124,7 @@ class PipelineStage(MegatronModule):
         """
         received = None
         if not self.stage.is_first:
-            received = unpack(present(self._received), self.stage.first_piece, batch.num_image_slots)
+            received = unpack(present(self._received), self.stage.first_piece, batch.num_encoded)
         result = self.model(batch, received, step, features_only)
         return result if isinstance(result, LCLOutput) else pack(result)
 
@@ -139,12 +151,13 @@ class PlannedP2PCommunicator(P2PCommunicator):
         images_per_micro_batch: Sequence[int],
     ) -> None:
         super().__init__(pp_group=groups.pp, config=schedule)
-        self._activations = iter(
-            [] if stage.is_first else [boundary_shape(stage.first_piece, config, n) for n in images_per_micro_batch]
-        )
-        self._gradients = iter(
-            [boundary_shape(stage.next_piece, config, n) for n in images_per_micro_batch] if stage.next_piece else []
-        )
+
+        def shapes(piece: str | None) -> Iterator[tuple[int, int, int]]:
+            images = images_per_micro_batch if piece else []
+            return iter([boundary_shape(piece or "", config, n, groups.cp_rank) for n in images])
+
+        self._activations = shapes(None if stage.is_first else stage.first_piece)
+        self._gradients = shapes(stage.next_piece)
 
     def _communicate(self, *, recv_prev: bool, recv_next: bool, tensor_shape: Any, **kwargs: Any) -> Any:
         assert not (recv_prev and recv_next), "the non-interleaved schedule receives from one side at a time"

@@ -13,13 +13,25 @@ def sum_over_data_parallel(values: Tensor, groups: ProcessGroups, is_last_stage:
     """Return values summed over the data-parallel ranks of the last stage, on every rank.
 
     Args:
-        values: (k,) float32; read on the last stage only, where tensor-parallel ranks hold the same.
+        values: (k,) float32; read on the last stage only, where tensor- and context-parallel ranks hold the same.
         groups: process groups.
         is_last_stage: whether this rank is on the last stage.
 
     Parallel: one all-reduce over all ranks, on the host.
     """
-    counts = is_last_stage and groups.tp_rank == 0
+    counts = is_last_stage and groups.tp_rank == 0 and groups.cp_rank == 0
     values = values.detach().cpu().double() if counts else torch.zeros(values.shape, dtype=torch.float64)
     dist.all_reduce(values, group=groups.host)
     return values.tolist()
+
+
+def sum_over_context_parallel(share: Tensor, groups: ProcessGroups) -> Tensor:
+    """Return a tensor summed over the context-parallel ranks, on each of them; not differentiable.
+
+    Parallel: one all-reduce over cp, on the device; none without context parallelism.
+    """
+    total = share.detach()
+    if groups.cp_size > 1:
+        total = total.clone()
+        dist.all_reduce(total, group=groups.cp)
+    return total

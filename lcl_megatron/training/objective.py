@@ -34,11 +34,12 @@ from lcl_megatron.parallel.agreement import AgreedStep
 from lcl_megatron.parallel.contrastive import ContrastiveOutput, SlotIdentity, contrastive_loss
 from lcl_megatron.parallel.engine import Engine
 from lcl_megatron.parallel.groups import ProcessGroups
+from lcl_megatron.parallel.report import sum_over_context_parallel
 
 
 @dataclass(frozen=True)
 class LossOutput:
-    """One micro-batch's share of the losses on one data-parallel rank, detached."""
+    """One micro-batch's share of the losses on one data-parallel rank, detached; alike on its tp and cp ranks."""
 
     generation_loss: Tensor
     """Scalar: this share of the global mean over targets."""
@@ -80,7 +81,8 @@ class GlobalContrast:
 class Objective:
     """The loss of each micro-batch of one step.
 
-    Parallel: features are gathered over dp; every tensor-parallel rank computes the same.
+    Parallel: features are gathered over dp; every tensor-parallel rank computes the same. Every context-parallel rank
+    differentiates its own share of the next-token loss and all of the contrastive loss (see ``LCLOutput``).
     """
 
     def __init__(
@@ -192,7 +194,8 @@ class Objective:
         """
         generation = output.token_losses_K.sum() / max(1, self.agreed.layout.num_targets)
         total = self.loss.generation_loss_weight * generation + self.loss.contrastive_loss_weight * contrastive
-        parts = LossOutput(generation.detach(), reported.detach(), contrast, output.logit_scale.detach())
+        whole_generation = sum_over_context_parallel(generation, self.groups)
+        parts = LossOutput(whole_generation, reported.detach(), contrast, output.logit_scale.detach())
         if output.latent_errors_N is None:
             return total, parts
         regression = self._latent_regression(micro_batch, output.latent_errors_N)

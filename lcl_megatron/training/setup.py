@@ -114,10 +114,12 @@ def _build(config: RunConfig, plan: Plan, groups: ProcessGroups) -> Run:
     progress = _resume(config, plan, trainable, checkpoint)
     if groups.rank == 0:
         logger.info(
-            "world size %d: tensor %d x pipeline %d x data %d; %.2f M parameters on this rank; step %d of %d",
+            "world size %d: tensor %d x pipeline %d x context %d x data %d; %.2f M parameters on this rank; "
+            "step %d of %d",
             groups.world_size,
             groups.tp_size,
             groups.pp_size,
+            groups.cp_size,
             groups.dp_size,
             count_parameters(engine.ddp) / 1e6,
             progress.step,

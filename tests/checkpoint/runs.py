@@ -73,19 +73,21 @@ class Layout:
     name: str
     dp: int = 1
     tp: int = 1
+    cp: int = 1
     sequence_parallel: bool = False
     cuts: tuple[str, ...] = ()
     distributed_optimizer: bool = True
 
     @property
     def world_size(self) -> int:
-        return self.dp * self.tp * (len(self.cuts) + 1)
+        return self.dp * self.tp * self.cp * (len(self.cuts) + 1)
 
     def apply(self, config: RunConfig) -> RunConfig:
         return dataclasses.replace(
             config,
             parallel=ParallelConfig(
                 tensor_model_parallel_size=self.tp,
+                context_parallel_size=self.cp,
                 sequence_parallel=self.sequence_parallel,
                 pipeline_model_parallel_size=len(self.cuts) + 1,
                 pipeline_cuts=self.cuts,

@@ -22,6 +22,9 @@ TP2 = Layout("tp2", tp=2)
 PP2_VISION = Layout("pp2 in the ViT", cuts=("vision.1",))
 PP2_EMBED = Layout("pp2 at the token embedding", cuts=("language.embed",))
 DP2_TP2 = Layout("dp2 x tp2, sequence parallel", dp=2, tp=2, sequence_parallel=True)
+CP2 = Layout("cp2", cp=2)
+CP2_TP2 = Layout("cp2 x tp2, sequence parallel", cp=2, tp=2, sequence_parallel=True)
+CP2_PLAIN = Layout("cp2, whole optimizer", cp=2, distributed_optimizer=False)
 PP3 = Layout("pp3", cuts=("vision.1", "language.1"))
 ONE_PLAIN = Layout("one, whole optimizer", distributed_optimizer=False)
 DP2_PLAIN = Layout("dp2, whole optimizer", dp=2, distributed_optimizer=False)
@@ -44,6 +47,9 @@ CROSSINGS = [
     ("bf16", DP2_TP2, PP2_PLAIN),
     ("bf16", ONE_PLAIN, DP2),
     ("bf16", PP3, ONE),
+    ("tied", CP2, PP2_VISION),
+    ("tied", DP2_PLAIN, CP2_TP2),
+    ("bf16", CP2_PLAIN, CP2),
 ]
 PROGRESS = native.Progress(step=2, consumed_rows=8, consumed_images=10, data={"corpus 0": "abc"})
 

@@ -116,6 +116,41 @@ def test_default_config_is_valid_on_any_fitting_number_of_processes() -> None:
             ],
         ),
         (
+            {"parallel__context_parallel_size": 4, "data__seq_length": 2044},
+            4,
+            [
+                "data.seq_length = 2044",
+                "2 x parallel.context_parallel_size = 8",
+                "--seq-length to a multiple of 8, e.g. 2040",
+                "--context-parallel-size",
+            ],
+        ),
+        (
+            {"parallel__context_parallel_size": 2, "loss__latent_regression_loss_weight": 0.5},
+            2,
+            [
+                "loss.latent_regression_loss_weight = 0.5",
+                "parallel.context_parallel_size = 2",
+                "need not hold the positions before them",
+                "--context-parallel-size 1",
+            ],
+        ),
+        (
+            {
+                "parallel__context_parallel_size": 2,
+                "parallel__tensor_model_parallel_size": 4,
+                "parallel__sequence_parallel": True,
+                "training__micro_batch_size": 1,
+                "data__seq_length": 1020,
+            },
+            8,
+            [
+                "1 x 1020 = 1020 positions, of which parallel.context_parallel_size = 2",
+                "--seq-length to a multiple of 8",
+            ],
+        ),
+        ({"parallel__context_parallel_size": 3}, 4, ["1 x 1 x 3 = 3", "--context-parallel-size"]),
+        (
             {"data__seq_length": 2049},
             1,
             ["data.seq_length = 2049", "language.max_position_embeddings = 2048", "shorten --seq-length"],
@@ -155,11 +190,14 @@ def test_wrong_config_raises_what_got_expected_do(fields: dict[str, Any], world_
             "language__vocab_size": 1001,
             "language__make_vocab_size_divisible_by": 4,
         },
+        {"parallel__context_parallel_size": 4, "data__seq_length": 2040},
     ],
 )
 def test_config_at_the_border_is_valid(fields: dict[str, Any]) -> None:
     config = change(RunConfig(), **fields)
-    validate(config, config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size)
+    parallel = config.parallel
+    replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    validate(config, replica * parallel.context_parallel_size)
 
 
 def test_subset_drop_path_is_refused_where_the_sequence_is_split() -> None:
@@ -182,6 +220,7 @@ def test_batch_arithmetic() -> None:
         training__micro_batch_size=2,
     )
     assert data_parallel_size(config, 48) == 8
+    assert data_parallel_size(change(config, parallel__context_parallel_size=2), 48) == 4
 
 
 @pytest.mark.parametrize(
@@ -238,7 +277,7 @@ def test_batch_arithmetic() -> None:
         (OptimizerConfig, {"adam_eps": 0.0}, "optimizer.adam_eps = 0.0"),
         (OptimizerConfig, {"clip_grad": -1.0}, "optimizer.clip_grad = -1.0; it must be finite and not negative"),
         (ParallelConfig, {"tensor_model_parallel_size": 0}, "parallel.tensor_model_parallel_size = 0"),
-        (ParallelConfig, {"context_parallel_size": 2}, "parallel.context_parallel_size = 2; only 1 is implemented"),
+        (ParallelConfig, {"context_parallel_size": 0}, "parallel.context_parallel_size = 0"),
         (ParallelConfig, {"sequence_parallel": True}, "--no-sequence-parallel"),
         (ParallelConfig, {"pipeline_cuts": ("pool",)}, "names 1 cuts; 1 stages need 0"),
         (

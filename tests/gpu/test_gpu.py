@@ -16,12 +16,14 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from lcl_megatron.config import ConfigError, RunConfig
+from lcl_megatron.config import ConfigError, ParallelConfig, RunConfig
 from lcl_megatron.data.batch import StepBatch
 from lcl_megatron.model.attention import PackedSequences, TorchCoreAttention
-from lcl_megatron.model.specs import resolve_transformer_impl
+from lcl_megatron.model.specs import Runtime, language_transformer_config, resolve_transformer_impl
 from lcl_megatron.parallel import engine as engines
 from lcl_megatron.parallel.agreement import agree
+from lcl_megatron.parallel.groups import initialize
+from lcl_megatron.parallel.zigzag import ZigZag
 from lcl_megatron.training.loop import train
 from lcl_megatron.training.objective import Objective
 from lcl_megatron.training.setup import run_from
@@ -69,6 +71,49 @@ def test_attention_with_a_mask_equals_each_document_alone_on_the_cpu(causal: boo
         found.append([output.detach().cpu(), *(tensor.grad.cpu() for tensor in inputs if tensor.grad is not None)])
     for cuda, cpu in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(cuda, cpu, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("backend", ["torch", "transformer_engine"])
+def test_attention_to_fetched_keys_equals_that_over_whole_rows(backend: str, rank: int, tiny_run: RunConfig) -> None:
+    """One of two context-parallel ranks, with the keys that the other one would send."""
+    if backend == "transformer_engine":
+        transformer_engine_or_skip()
+    generator = torch.Generator().manual_seed(1)
+    borders = torch.tensor([0, 20, 50, 64, 128, 129, 192], dtype=torch.int32)
+    whole = [torch.randn(192, 4, 16, generator=generator).requires_grad_() for _ in range(3)]
+    weights = torch.randn(192, 64, generator=generator)
+    attention = TorchCoreAttention(
+        TransformerConfig(num_layers=1, hidden_size=64, num_attention_heads=4), 1, AttnMaskType.causal
+    )
+    split = ZigZag(2, 64)
+    held = [split.take(torch.arange(192).view(3, 64), other).flatten() for other in (0, 1)]
+    expected = attention(*whole, None, packed_seq_params=PackedSequences.of(borders, max_seqlen=64, row_length=64))
+    gradients = torch.autograd.grad((expected * weights)[held[rank]].sum(), whole)
+
+    groups = initialize(ParallelConfig(), lambda pipeline: pipeline[:1])
+    try:
+        language = dataclasses.replace(tiny_run.language, hidden_size=64)
+        config = language_transformer_config(language, Runtime(groups.collection, params_dtype=torch.bfloat16))
+        core = attention
+        if backend == "transformer_engine":
+            from lcl_megatron.model.te_attention import FetchingTEAttention
+
+            core = FetchingTEAttention(config, 1, AttnMaskType.causal, "self", pg_collection=groups.collection)
+        inputs = [tensor.detach().to("cuda", torch.bfloat16).requires_grad_() for tensor in whole]
+        runs = split.runs(borders, rank).to("cuda")
+        order = torch.cat(held).cuda().index_select(0, runs.key_rows)
+        sequences = PackedSequences.of_runs(runs, 32, lambda key, value: (key[order], value[order]))
+        own = held[rank].cuda()
+        output = core(
+            inputs[0][own], *inputs[1:], None, attn_mask_type=AttnMaskType.causal, packed_seq_params=sequences
+        )
+        found = torch.autograd.grad((output * weights.to(output)[own]).sum(), inputs)
+    finally:
+        groups.destroy()
+    torch.testing.assert_close(output.float().cpu(), expected[held[rank]], rtol=3e-2, atol=3e-2)
+    for ours, theirs in zip(found, gradients, strict=True):
+        torch.testing.assert_close(ours.float().cpu(), theirs, rtol=5e-2, atol=5e-2)
 
 
 def tiny_config(base: RunConfig, precision: str, backend: str) -> RunConfig:

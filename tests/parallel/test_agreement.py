@@ -39,9 +39,9 @@ class Told:
 def _agree(
     rank: int, world_size: int, config: RunConfig, bad: dict[tuple[int, int, int], list[tuple[int, int]]], stops: int
 ) -> Told:
-    """``bad``: (dp, tp, pp rank) -> (micro-batch, image) that this rank alone could not decode."""
+    """``bad``: (dp, tp or cp, pp rank) -> (micro-batch, image) that this rank alone could not decode."""
     groups = initialize(config.parallel, lambda pipeline: pipeline[:1])
-    coordinates = groups.dp_rank, groups.tp_rank, groups.pp_rank
+    coordinates = groups.dp_rank, max(groups.tp_rank, groups.cp_rank), groups.pp_rank
     batch = _step(config, groups, bad.get(coordinates, []))
     agreed = agree(batch, groups, stop=rank == stops)
     assert agreed.step == batch.step
@@ -74,6 +74,7 @@ def _step(config: RunConfig, groups: ProcessGroups, bad: list[tuple[int, int]]) 
 LAYOUTS = {
     "dp2 x tp2": ParallelConfig(tensor_model_parallel_size=2),
     "dp2 x pp2": ParallelConfig(pipeline_model_parallel_size=2),
+    "dp2 x cp2": ParallelConfig(context_parallel_size=2),
 }
 
 
@@ -81,7 +82,8 @@ LAYOUTS = {
 def test_image_that_one_rank_could_not_decode_is_bad_for_all(parallel: ParallelConfig, tiny_run: RunConfig) -> None:
     config = dataclasses.replace(tiny_run, parallel=parallel)
     # Image 1 of (micro-batch 0, dp 0), and images 1 and 2 of (micro-batch 1, dp 1), each seen by one rank only.
-    bad = {(0, 0, 0): [(0, 1)], (1, parallel.tensor_model_parallel_size - 1, 0): [(1, 1), (1, 2)]}
+    copies = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    bad = {(0, 0, 0): [(0, 1)], (1, copies - 1, 0): [(1, 1), (1, 2)]}
     rows = make_rows(config, ROWS)
     for told in run_distributed(_agree, 4, config, bad, -1):
         assert told.image_ok.tolist() == [True, False, True, True, False, False]

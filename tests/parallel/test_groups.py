@@ -16,8 +16,8 @@ from lcl_megatron.parallel import groups
 from tests.distributed import RankError, run_distributed
 
 
-def _layout(tp: int, pp: int) -> ParallelConfig:
-    return ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+def _layout(tp: int, pp: int, cp: int = 1) -> ParallelConfig:
+    return ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp)
 
 
 def _last_two(pipeline: list[int]) -> list[int]:
@@ -28,10 +28,24 @@ def _members(group: dist.ProcessGroup | None) -> list[int]:
     return [] if group is None else dist.get_process_group_ranks(group)
 
 
-@pytest.mark.parametrize(("tp", "pp", "dp"), [(1, 1, 4), (2, 1, 2), (1, 2, 2), (2, 2, 1), (1, 4, 1), (2, 3, 1)])
-def test_groups_when_layout_varies_follow_the_rank_numbering(tp, pp, dp):
+@pytest.mark.parametrize(
+    ("tp", "cp", "dp", "pp"),
+    [
+        (1, 1, 4, 1),
+        (2, 1, 2, 1),
+        (1, 1, 2, 2),
+        (2, 1, 1, 2),
+        (1, 1, 1, 4),
+        (2, 1, 1, 3),
+        (1, 2, 2, 1),
+        (2, 2, 1, 1),
+        (1, 3, 1, 2),
+        (1, 2, 2, 2),
+    ],
+)
+def test_groups_when_layout_varies_follow_the_rank_numbering(tp, cp, dp, pp):
     def members(rank: int, world_size: int) -> dict[str, object]:
-        made = groups.initialize(_layout(tp, pp), _last_two)
+        made = groups.initialize(_layout(tp, pp, cp), _last_two)
         place = made.describe(), (made.tp_size, made.cp_size, made.dp_size, made.pp_size), made.cp_rank
         ranks = torch.tensor([rank])
         dist.all_reduce(ranks, group=made.host)
@@ -45,20 +59,23 @@ def test_groups_when_layout_varies_follow_the_rank_numbering(tp, pp, dp):
             },
         }
 
-    for rank, got in enumerate(run_distributed(members, tp * pp * dp)):
-        t, d, p = rank % tp, rank // tp % dp, rank // (tp * dp)
-        pipeline = [(stage * dp + d) * tp + t for stage in range(pp)]
-        copies = [(p * dp + copy) * tp + t for copy in range(dp)]
+    def number(p: int, d: int, c: int, t: int) -> int:
+        return ((p * dp + d) * cp + c) * tp + t
+
+    for rank, got in enumerate(run_distributed(members, tp * cp * pp * dp)):
+        t, c, d, p = rank % tp, rank // tp % cp, rank // (tp * cp) % dp, rank // (tp * cp * dp)
+        pipeline = [number(stage, d, c, t) for stage in range(pp)]
         embedding = pipeline[-2:]
+        context = f"cp{c} " if cp > 1 else ""
         assert got == {
-            "place": (f"rank {rank} (dp{d} pp{p} tp{t})", (tp, 1, dp, pp), 0),
-            "host": sum(range(tp * pp * dp)),
-            "tp": [rank - t + i for i in range(tp)],
+            "place": (f"rank {rank} (dp{d} pp{p} {context}tp{t})", (tp, cp, dp, pp), c),
+            "host": sum(range(tp * cp * pp * dp)),
+            "tp": [number(p, d, c, i) for i in range(tp)],
             "pp": pipeline,
-            "cp": [rank],
-            "dp": copies,
-            "dp_cp": copies,
-            "mp": sorted((stage * dp + d) * tp + i for stage in range(pp) for i in range(tp)),
+            "cp": [number(p, d, i, t) for i in range(cp)],
+            "dp": [number(p, copy, c, t) for copy in range(dp)],
+            "dp_cp": [number(p, copy, i, t) for copy in range(dp) for i in range(cp)],
+            "mp": sorted(number(stage, d, c, i) for stage in range(pp) for i in range(tp)),
             "embd": embedding if rank in embedding else [],
             "pos_embd": embedding[:1] if rank == embedding[0] else [],
         }

@@ -96,10 +96,11 @@ class Layout:
     scope: Literal["micro_batch", "global"] = "micro_batch"
     keep_graphs: bool = False
     double: bool = False
+    context: int = 1
 
     @property
     def world_size(self) -> int:
-        return self.data_parallel_size * self.tensor * (len(self.cuts) + 1)
+        return self.data_parallel_size * self.tensor * self.context * (len(self.cuts) + 1)
 
     def config(self) -> RunConfig:
         return dataclasses.replace(
@@ -114,6 +115,7 @@ class Layout:
             parallel=ParallelConfig(
                 tensor_model_parallel_size=self.tensor,
                 sequence_parallel=self.sequence_parallel,
+                context_parallel_size=self.context,
                 pipeline_model_parallel_size=len(self.cuts) + 1,
                 pipeline_cuts=self.cuts,
             ),
@@ -148,6 +150,26 @@ LAYOUTS = [
     Layout("dp2 x pp2", 1, data_parallel_size=2, cuts=("vision.2",)),
     Layout("dp2 x tp2", 1, data_parallel_size=2, tensor=2),
     Layout("dp2 x tp2, sequence parallel", 2, data_parallel_size=2, tensor=2, sequence_parallel=True),
+    # Documents end within and at the border of chunks of 16 (cp2) and 8 (cp4) positions; some rows have fewer images
+    # than there are ranks.
+    Layout("cp2", 1, context=2),
+    Layout("cp2, micro-batches of 8", 8, context=2),
+    Layout("cp4", 2, context=4),
+    Layout("cp2 x dp2", 1, data_parallel_size=2, context=2),
+    Layout("cp2 x tp2", 2, tensor=2, context=2),
+    Layout("cp2 x tp2, sequence parallel", 1, tensor=2, sequence_parallel=True, context=2),
+    Layout("cp2 x pp2 inside the ViT", 1, cuts=("vision.1",), context=2),
+    Layout("cp2 x pp2 before the token embedding", 2, cuts=("language.embed",), context=2),
+    Layout("cp2 x pp3", 1, cuts=("pool", "language.1"), context=2),
+    Layout(
+        "cp2 x tp2 x pp2, sequence parallel, inside the ViT",
+        2,
+        tensor=2,
+        sequence_parallel=True,
+        cuts=("vision.2",),
+        context=2,
+    ),
+    Layout("cp2 x dp2 x pp2 inside the LM", 1, data_parallel_size=2, cuts=("language.1",), context=2),
 ]
 
 LAYOUTS_OF_REGRESSION = [
@@ -179,6 +201,8 @@ LAYOUTS_IN_DOUBLE = [
     Layout("pp3", 2, cuts=("vision.2", "language.1"), scope="global", double=True),
     Layout("tp2 x pp2", 2, tensor=2, cuts=("language.1",), scope="global", double=True),
     Layout("dp2 x pp2", 1, data_parallel_size=2, cuts=("vision.2",), scope="global", double=True),
+    Layout("cp2", 1, context=2, scope="global", double=True),
+    Layout("cp2 x pp2", 2, context=2, cuts=("language.embed",), scope="global", double=True),
 ]
 
 Gradients = dict[str, tuple[np.ndarray, int | None]]

@@ -65,14 +65,22 @@ def _train(
         ParallelConfig(overlap_param_gather=True),
         ParallelConfig(use_distributed_optimizer=False, overlap_grad_reduce=True),
         ParallelConfig(overlap_param_gather=True, pipeline_model_parallel_size=2, pipeline_cuts=("language.1",)),
+        ParallelConfig(overlap_param_gather=True, context_parallel_size=2),
     ],
-    ids=["distributed optimizer", "overlapped gather", "overlapped reduction", "overlapped gather, pp2"],
+    ids=[
+        "distributed optimizer",
+        "overlapped gather",
+        "overlapped reduction",
+        "overlapped gather, pp2",
+        "overlapped gather, cp2",
+    ],
 )
 def test_overlap_trains_the_same_weights(parallel: ParallelConfig, tied: bool) -> None:
     plain = dataclasses.replace(
         PLAIN,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         pipeline_cuts=parallel.pipeline_cuts,
+        context_parallel_size=parallel.context_parallel_size,
     )
     world_size = 2 * parallel.pipeline_model_parallel_size
     expected: list[Any] = run_distributed(_train, world_size, plain, tied)

@@ -151,6 +151,17 @@ def test_shapes_under_sequence_parallelism_are_one_ranks_part(tiny_run: RunConfi
     assert boundary_shape("heads", config, 0) == (128 // 4 + 1, 1, 32)
 
 
+def test_shapes_under_context_parallelism_are_one_ranks_images_and_positions(tiny_run: RunConfig) -> None:
+    """Two rows of 64 tokens over 4 ranks, of which each splits its 32 positions over 2 tensor-parallel ranks."""
+    parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, context_parallel_size=4)
+    config = dataclasses.replace(tiny_run, parallel=parallel)
+    # Of 6 images, ranks encode 1, 2, 1, 2; of 1 image, one rank encodes it and the others too, for nothing.
+    assert [boundary_shape("pool", config, 6, rank) for rank in range(4)] == [(3, 1, 32), (5, 1, 32)] * 2
+    assert [boundary_shape("language.embed", config, 6, rank)[0] for rank in range(4)] == [5, 10, 5, 10]
+    assert [boundary_shape("language.1", config, 6, rank)[0] for rank in range(4)] == [17, 18, 17, 18]
+    assert {boundary_shape("heads", config, 1, rank) for rank in range(4)} == {(17, 1, 32)}
+
+
 def test_pooled_latents_take_the_dtype_of_what_they_travel_with() -> None:
     sent = Activations(hidden_T1H=torch.zeros(4, 1, 2, dtype=torch.bfloat16), pooled_ND=torch.ones(1, 2))
     assert pack(sent).dtype == torch.bfloat16

@@ -153,7 +153,9 @@ def _train(rank: int, world_size: int, config: RunConfig) -> None:
         train(run)
 
 
-@pytest.mark.parametrize("layout", ["dp2", "tp2", "pp2", "dp2, global", "pp2, global", "dp2, global, graphs kept"])
+@pytest.mark.parametrize(
+    "layout", ["dp2", "tp2", "pp2", "cp2", "dp2, global", "pp2, global", "cp2, global", "dp2, global, graphs kept"]
+)
 def test_two_processes_report_what_one_does(corpus: Path, tmp_path: Path, layout: str) -> None:
     """Rates are of the whole run, shares are not doubled, and every rank's part is in the sums.
 
@@ -163,6 +165,7 @@ def test_two_processes_report_what_one_does(corpus: Path, tmp_path: Path, layout
         "dp2": {"training": {"micro_batch_size": 2}},
         "tp2": {"parallel": {"tensor_model_parallel_size": 2}},
         "pp2": {"parallel": {"pipeline_model_parallel_size": 2}},
+        "cp2": {"parallel": {"context_parallel_size": 2}},
         "dp2, global": {"training": {"micro_batch_size": 1}, "loss": {"contrastive_scope": "global"}},
         "pp2, global": {
             "training": {"micro_batch_size": 1},
@@ -172,6 +175,11 @@ def test_two_processes_report_what_one_does(corpus: Path, tmp_path: Path, layout
         "dp2, global, graphs kept": {
             "training": {"micro_batch_size": 1},
             "loss": {"contrastive_scope": "global", "contrastive_keep_graphs": True},
+        },
+        "cp2, global": {
+            "training": {"micro_batch_size": 1},
+            "loss": {"contrastive_scope": "global"},
+            "parallel": {"context_parallel_size": 2},
         },
     }
     for name, world_size, changes in (("two", 2, sections[layout]), ("one", 1, {})):
