@@ -33,7 +33,7 @@ def build_optimizer(engine: Engine) -> MegatronOptimizer:
         overlap_param_gather=parallel.overlap_param_gather,
     )
     return get_megatron_optimizer(
-        config, [engine.ddp], use_gloo_process_groups=False, pg_collection=engine.groups.collection
+        config, list(engine.chunks), use_gloo_process_groups=False, pg_collection=engine.groups.collection
     )
 
 

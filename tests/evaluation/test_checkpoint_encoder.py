@@ -41,7 +41,7 @@ def train_and_see(config: Any) -> Tensor | None:
         if run.engine.groups.world_size > 1:
             return None
         tower = run.engine.model.vision
-        run.engine.ddp.eval()
+        run.engine.eval()
         with torch.no_grad():
             return tower(IMAGES).mean(dim=1).float()  # type: ignore[misc]
 
@@ -73,7 +73,7 @@ def test_the_encoder_of_a_checkpoint_is_the_one_that_was_trained(data: DataFolde
     groups = engines.start(config)
     try:
         engine = engines.build_engine(config, groups)
-        engine.ddp.eval()
+        engine.eval()
         with torch.no_grad():
             fresh = engine.model.vision(IMAGES).mean(dim=1)  # type: ignore[misc]
     finally:
@@ -92,8 +92,9 @@ def _train(rank: int, world_size: int, config: Any) -> None:
     [
         (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
         (3, {"pipeline_model_parallel_size": 3, "pipeline_cuts": ("vision.1", "language.1")}),
+        (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
     ],
-    ids=["tp2 sequence parallel", "pp3"],
+    ids=["tp2 sequence parallel", "pp3", "pp2 x 2 stages"],
 )
 def test_the_encoder_of_any_layout_is_read_by_one_process(
     data: DataFolder, tmp_path: Path, world_size: int, parallel: dict[str, Any]

@@ -153,13 +153,18 @@ def _train(rank: int, world_size: int, config: RunConfig) -> None:
         train(run)
 
 
-@pytest.mark.parametrize("layout", ["dp2", "tp2", "pp2"])
+@pytest.mark.parametrize("layout", ["dp2", "tp2", "pp2", "pp2 x 2 stages"])
 def test_two_processes_report_what_one_does(corpus: Path, tmp_path: Path, layout: str) -> None:
     """Rates are of the whole run, shares are not doubled, and every rank's part is in the sums."""
     sections: dict[str, dict[str, Any]] = {
         "dp2": {"training": {"micro_batch_size": 2}},
         "tp2": {"parallel": {"tensor_model_parallel_size": 2}},
         "pp2": {"parallel": {"pipeline_model_parallel_size": 2}},
+        "pp2 x 2 stages": {
+            "parallel": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+            "training": {"micro_batch_size": 2},
+            "loss": {"contrastive_scope": "global"},
+        },
     }
     for name, world_size, changes in (("two", 2, sections[layout]), ("one", 1, {})):
         logging = {"log_dir": str(tmp_path / name), "exit_interval": 2}
