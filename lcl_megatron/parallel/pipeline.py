@@ -149,7 +149,7 @@ class PlannedP2PCommunicator(P2PCommunicator):
         )
 
     def _communicate(self, *, recv_prev: bool, recv_next: bool, tensor_shape: Any, **kwargs: Any) -> Any:
-        assert not (recv_prev and recv_next), "schedules without batched transfers receive from one side at a time"
+        assert not (recv_prev and recv_next), "the schedules in use receive from one side at a time"
         if recv_prev:
             tensor_shape = next(self._activations)
         elif recv_next:

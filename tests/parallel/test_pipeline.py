@@ -224,7 +224,7 @@ def test_communicator_refuses_to_receive_from_both_sides(config: RunConfig) -> N
         stage, _ = cut_line(_cut(config, ("pool",)))
         schedule = language_transformer_config(config.language, Runtime(collection=groups.collection))
         communicator = PlannedP2PCommunicator(groups, schedule, [stage], config, [1, 2])
-        with pytest.raises(AssertionError, match="receives from one side at a time"):
+        with pytest.raises(AssertionError, match="receive from one side at a time"):
             communicator._communicate(
                 tensor_send_next=None, tensor_send_prev=None, recv_prev=True, recv_next=True, tensor_shape=None
             )
