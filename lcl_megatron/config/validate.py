@@ -84,9 +84,15 @@ def _check_batch(config: RunConfig, dp: int) -> None:
     require(
         total % unit == 0,
         f"training.global_batch_size = {total} is not a multiple of micro_batch_size x data-parallel ranks = "
-        f"{micro} x {dp} = {unit}; set --global-batch-size to {total // unit * unit or unit} or "
-        f"{(total // unit + 1) * unit}, or change --micro-batch-size",
+        f"{micro} x {dp} = {unit}; set --global-batch-size to {_multiples_around(total, unit)}, or change "
+        "--micro-batch-size",
     )
+
+
+def _multiples_around(value: int, unit: int) -> str:
+    """Return the positive multiples of ``unit`` next to a value that is none, e.g. ``60 or 72``."""
+    below = value // unit * unit
+    return f"{below} or {below + unit}" if below else str(unit)
 
 
 def _check_tensor_parallel(config: RunConfig) -> None:
@@ -158,7 +164,7 @@ def _check_interleaving(config: RunConfig, dp: int) -> None:
         f"{count} micro-batches on each data-parallel rank (global_batch_size / micro_batch_size / ranks = {total} / "
         f"{training.micro_batch_size} / {dp}) are no multiple of parallel.pipeline_model_parallel_size = {pp}, as "
         f"parallel.virtual_pipeline_model_parallel_size = {chunks} needs: that many pass a rank's stages in turn; set "
-        f"--global-batch-size to {total // unit * unit or unit} or {(total // unit + 1) * unit}, or "
+        f"--global-batch-size to {_multiples_around(total, unit)}, or change --micro-batch-size, or set "
         "--virtual-pipeline-model-parallel-size 1",
     )
 

@@ -243,7 +243,7 @@ def build_engine(config: RunConfig, groups: ProcessGroups) -> Engine:
         overlap_param_gather=parallel.overlap_param_gather,
         grad_reduce_in_fp32=True,
     )
-    chunks = []
+    chunks: list[DistributedDataParallel] = []
     for stage in stages:
         module = PipelineStage(config, stage, runtime, schedule)
         initialize_weights(module.model, config.training.seed, groups.tp_rank, groups.tp_size)

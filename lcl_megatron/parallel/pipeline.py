@@ -185,7 +185,8 @@ def sum_tied_gradients(stages: Sequence[PipelineStage], group: dist.ProcessGroup
 
     Parallel: one all-reduce over the group.
     """
-    gradients = [weight.main_grad for stage in stages if (weight := stage.tied_weight) is not None]
+    copies = [weight for stage in stages if (weight := stage.tied_weight) is not None]
+    gradients: list[Tensor] = [copy.main_grad for copy in copies]  # type: ignore[attr-defined]  # DDP sets it
     if not gradients:
         return
     total, *others = gradients

@@ -201,6 +201,7 @@ LAYOUTS_IN_DOUBLE = [
     Layout("pp3", 2, cuts=("vision.2", "language.1"), scope="global", double=True),
     Layout("tp2 x pp2", 2, tensor=2, cuts=("language.1",), scope="global", double=True),
     Layout("dp2 x pp2", 1, data_parallel_size=2, cuts=("vision.2",), scope="global", double=True),
+    Layout("pp2 x 4 stages", 1, cuts=SEVEN_CUTS, stages_per_rank=4, scope="global", double=True),
 ]
 
 Gradients = dict[str, tuple[np.ndarray, int | None]]
