@@ -37,6 +37,7 @@ from lcl_megatron.checkpoint.folders import (
 from lcl_megatron.config import RunConfig
 from lcl_megatron.config.toml import to_toml
 from lcl_megatron.config.validate import architecture, architecture_difference
+from lcl_megatron.model.lcl import LCLModel
 from lcl_megatron.parallel.engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ def load(checkpoint: Path, trainable: Trainable) -> Progress:
     engine = trainable.engine
     check_architecture(checkpoint, engine.config)
     state = dist_checkpointing.load(_state(trainable, Progress(), is_loading=True), str(checkpoint))
-    engine.ddp.module.load_state_dict(_unprefixed(state["model"]), strict=True)
+    _fill(engine, state["model"])
     optimizer_state.load_sharded_state(trainable.optimizer, model_state(engine), state["optimizer"])
     trainable.scheduler.load_state_dict(state["scheduler"])
     return Progress(**state["progress"])
@@ -125,7 +126,7 @@ def load_model(checkpoint: Path, engine: Engine) -> None:
     """Fill only the model from a checkpoint of any layout; collective over all ranks."""
     check_architecture(checkpoint, engine.config)
     loaded = dist_checkpointing.load({"model": model_state(engine)}, str(checkpoint))
-    engine.ddp.module.load_state_dict(_unprefixed(loaded["model"]), strict=True)
+    _fill(engine, loaded["model"])
 
 
 def _state(trainable: Trainable, progress: Progress, is_loading: bool) -> dict[str, Any]:
@@ -140,12 +141,16 @@ def _state(trainable: Trainable, progress: Progress, is_loading: bool) -> dict[s
 
 def model_state(engine: Engine) -> ShardedStateDict:
     """Return this rank's part of the model's tensors, sharded, named as in a checkpoint; they share its memory."""
-    state: ShardedStateDict = engine.ddp.module.sharded_state_dict(
-        metadata={"dp_cp_group": engine.groups.collection.dp_cp}
-    )
+    return {name: tensor for model in engine.models for name, tensor in _stage_state(engine, model).items()}
+
+
+def _stage_state(engine: Engine, model: LCLModel) -> ShardedStateDict:
+    """Return the part of ``model_state`` that is in one stage."""
+    state: ShardedStateDict = model.sharded_state_dict(metadata={"dp_cp_group": engine.groups.collection.dp_cp})
     return state
 
 
-def _unprefixed(state: dict[str, Any]) -> dict[str, Any]:
-    """Return the names that the stage's module uses for the names of the whole model."""
-    return {f"model.{name}": value for name, value in state.items()}
+def _fill(engine: Engine, state: dict[str, Any]) -> None:
+    """Fill every stage of this rank from the state of all of them."""
+    for model in engine.models:
+        model.load_state_dict({name: state[name] for name in _stage_state(engine, model)}, strict=True)

@@ -157,6 +157,10 @@ class ParallelConfig:
     """Ranks that share every layer's matrices."""
     pipeline_model_parallel_size: int = 1
     """Ranks that share the line of layers."""
+    virtual_pipeline_model_parallel_size: int = 1
+    """Stages on each pipeline rank (interleaved 1F1B): the line is cut into this many times as many, and stage i is on
+    rank i modulo ``pipeline_model_parallel_size``. Ranks idle less at both ends of a step, and send more. Above 1, each
+    data-parallel rank's micro-batches must be a multiple of ``pipeline_model_parallel_size``."""
     context_parallel_size: int = 1
     """Ranks that share the positions, and the images, of each micro-batch: for rows too long for the memory of one
     device. Twice this must divide ``data.seq_length``."""
@@ -176,7 +180,7 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
-        require_positive(self, "parallel", *sizes)
+        require_positive(self, "parallel", *sizes, "virtual_pipeline_model_parallel_size")
         require(
             not self.sequence_parallel or self.tensor_model_parallel_size > 1,
             "parallel.sequence_parallel is on with parallel.tensor_model_parallel_size = 1; "
@@ -191,11 +195,22 @@ class ParallelConfig:
             self.distributed_timeout_minutes > 0,
             f"parallel.distributed_timeout_minutes = {self.distributed_timeout_minutes}; it must be positive",
         )
-        cuts, stages = len(self.pipeline_cuts), self.pipeline_model_parallel_size
+        require(
+            self.virtual_pipeline_model_parallel_size == 1 or self.pipeline_model_parallel_size > 1,
+            f"parallel.virtual_pipeline_model_parallel_size = {self.virtual_pipeline_model_parallel_size} with "
+            "parallel.pipeline_model_parallel_size = 1; stages are dealt out to the ranks of a pipeline in turn: set "
+            "--pipeline-model-parallel-size to 2 or more, or --virtual-pipeline-model-parallel-size 1",
+        )
+        cuts, stages = len(self.pipeline_cuts), self.num_stages
         require(
             cuts in (0, stages - 1),
             f"parallel.pipeline_cuts names {cuts} cuts; {stages} stages need {stages - 1} (or none, to balance)",
         )
+
+    @property
+    def num_stages(self) -> int:
+        """Stages that the line of layers is cut into."""
+        return self.pipeline_model_parallel_size * self.virtual_pipeline_model_parallel_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,11 +21,13 @@ def validate(config: RunConfig, world_size: int) -> None:
         ConfigError: the run cannot work; without the check it would die later or, worse, train something else.
     """
     _check_layout(config, world_size)
-    _check_batch(config, data_parallel_size(config, world_size))
+    dp = data_parallel_size(config, world_size)
+    _check_batch(config, dp)
     _check_tensor_parallel(config)
     _check_drop_path(config)
     _check_context_parallel(config)
     _check_pipeline(config)
+    _check_interleaving(config, dp)
     _check_sequence(config)
     _check_schedule(config)
 
@@ -89,9 +91,15 @@ def _check_batch(config: RunConfig, dp: int) -> None:
     require(
         total % unit == 0,
         f"training.global_batch_size = {total} is not a multiple of micro_batch_size x data-parallel ranks = "
-        f"{micro} x {dp} = {unit}; set --global-batch-size to {total // unit * unit or unit} or "
-        f"{(total // unit + 1) * unit}, or change --micro-batch-size",
+        f"{micro} x {dp} = {unit}; set --global-batch-size to {_multiples_around(total, unit)}, or change "
+        "--micro-batch-size",
     )
+
+
+def _multiples_around(value: int, unit: int) -> str:
+    """Return the positive multiples of ``unit`` next to a value that is none, e.g. ``60 or 72``."""
+    below = value // unit * unit
+    return f"{below} or {below + unit}" if below else str(unit)
 
 
 def _check_tensor_parallel(config: RunConfig) -> None:
@@ -154,28 +162,45 @@ def _check_drop_path(config: RunConfig) -> None:
 
 
 def _check_pipeline(config: RunConfig) -> None:
-    stages = config.parallel.pipeline_model_parallel_size
+    parallel, stages = config.parallel, config.parallel.num_stages
+    pp = parallel.pipeline_model_parallel_size
     vision, language = config.vision.num_layers, config.language.num_layers
     # The four beside the layers: patch embedding, pool, token embedding, heads.
     pieces = vision + language + 4
     require(
         stages <= pieces,
-        f"parallel.pipeline_model_parallel_size = {stages} stages for a line of {pieces} pieces ({vision} vision "
-        f"layers, {language} language layers, patch embedding, pool, token embedding, heads); a stage needs at least "
-        f"one: set --pipeline-model-parallel-size to at most {pieces}",
+        f"{stages} stages (parallel.pipeline_model_parallel_size x parallel.virtual_pipeline_model_parallel_size = "
+        f"{pp} x {parallel.virtual_pipeline_model_parallel_size}) for a line of {pieces} "
+        f"pieces ({vision} vision layers, {language} language layers, patch embedding, pool, token embedding, heads); "
+        f"a stage needs at least one: choose sizes whose product is at most {pieces}",
     )
     weight = config.loss.latent_regression_loss_weight
     require(
-        weight == 0 or stages == 1,
-        f"loss.latent_regression_loss_weight = {weight} with parallel.pipeline_model_parallel_size = {stages}: image "
+        weight == 0 or pp == 1,
+        f"loss.latent_regression_loss_weight = {weight} with parallel.pipeline_model_parallel_size = {pp}: image "
         "latents do not travel to the last stage, where they would be compared with the language model's outputs; set "
         "--pipeline-model-parallel-size 1, or --latent-regression-loss-weight 0",
     )
     require(
-        not config.loss.contrastive_keep_graphs or stages == 1,
-        f"loss.contrastive_keep_graphs with parallel.pipeline_model_parallel_size = {stages}: the pipeline frees a "
+        not config.loss.contrastive_keep_graphs or pp == 1,
+        f"loss.contrastive_keep_graphs with parallel.pipeline_model_parallel_size = {pp}: the pipeline frees a "
         "micro-batch's activations before all are contrasted; set --pipeline-model-parallel-size 1, or "
         "--no-contrastive-keep-graphs for the two passes",
+    )
+
+
+def _check_interleaving(config: RunConfig, dp: int) -> None:
+    parallel, training = config.parallel, config.training
+    pp, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    count, unit = training.global_batch_size // (training.micro_batch_size * dp), training.micro_batch_size * dp * pp
+    total = training.global_batch_size
+    require(
+        chunks == 1 or count % pp == 0,
+        f"{count} micro-batches on each data-parallel rank (global_batch_size / micro_batch_size / ranks = {total} / "
+        f"{training.micro_batch_size} / {dp}) are no multiple of parallel.pipeline_model_parallel_size = {pp}, as "
+        f"parallel.virtual_pipeline_model_parallel_size = {chunks} needs: that many pass a rank's stages in turn; set "
+        f"--global-batch-size to {_multiples_around(total, unit)}, or change --micro-batch-size, or set "
+        "--virtual-pipeline-model-parallel-size 1",
     )
 
 

@@ -54,7 +54,7 @@ def frozen_encoders(checkpoint: Path) -> Iterator[tuple[FrozenEncoder, FrozenEnc
     """
     with trained_engine(*newest_checkpoint(checkpoint)) as trained:
         untrained = engines.build_engine(trained.config, trained.groups)
-        untrained.ddp.eval()
+        untrained.eval()
         yield FrozenEncoder(trained), FrozenEncoder(untrained)
 
 

@@ -51,7 +51,7 @@ def trained_engine(checkpoint: Path, config: RunConfig) -> Iterator[engines.Engi
     try:
         engine = engines.build_engine(config, groups)
         native.load_model(checkpoint, engine)
-        engine.ddp.eval()
+        engine.eval()
         yield engine
     finally:
         groups.destroy()

@@ -2,7 +2,8 @@
 
     vision.embed, vision.0 ... vision.n, pool, language.embed, language.0 ... language.m, heads
 
-A stage is any run of consecutive pieces, so an encoder may span several stages.
+A stage is any run of consecutive pieces, so an encoder may span several stages. A rank holds one stage, or several that
+are not neighbours (``parallel.virtual_pipeline_model_parallel_size``).
 """
 
 from __future__ import annotations
@@ -73,13 +74,13 @@ def whole_model(vision: VisionConfig, language: LanguageConfig) -> Stage:
 
 
 def cut_line(config: RunConfig) -> tuple[Stage, ...]:
-    """Return the pipeline's stages: at ``parallel.pipeline_cuts``, or balanced by FLOPs.
+    """Return the pipeline's stages in the order of the line: at ``parallel.pipeline_cuts``, or balanced by FLOPs.
 
     Raises:
         ConfigError: a cut names no piece, or the cuts are not in the order of the line.
     """
     line = line_of_pieces(config.vision, config.language)
-    num_stages = config.parallel.pipeline_model_parallel_size
+    num_stages = config.parallel.num_stages
     if num_stages > len(line):
         raise ConfigError(f"{num_stages} pipeline stages for {len(line)} pieces; use at most {len(line)} stages")
     cuts = config.parallel.pipeline_cuts

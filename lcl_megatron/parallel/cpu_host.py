@@ -164,6 +164,7 @@ STAND_INS: tuple[StandIn, ...] = (
     Literal(
         f"{_CORE}.pipeline_parallel.schedules.forward_backward_pipelining_without_interleaving", "schedules.py:2138"
     ),
+    Literal(f"{_CORE}.pipeline_parallel.schedules.forward_backward_pipelining_with_interleaving", "schedules.py:983"),
     # Scalars of the optimizers, and their sorting of parameters by type name.
     Literal(f"{_CORE}.optimizer.optimizer.MixedPrecisionOptimizer.__init__", "optimizer/optimizer.py:473-485"),
     Literal(

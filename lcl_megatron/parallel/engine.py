@@ -1,7 +1,8 @@
-"""The model on all ranks: one stage per rank inside megatron-core's DDP, run by megatron-core's 1F1B schedule."""
+"""The model on all ranks: each rank's stages inside megatron-core's DDP, run by megatron-core's 1F1B schedules."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from lcl_megatron.model.sequence_edge import WholeSequence
 from lcl_megatron.model.specs import Runtime, resolve_transformer_impl
 from lcl_megatron.parallel.context import ContextParallelRows
 from lcl_megatron.parallel.groups import ProcessGroups, initialize
-from lcl_megatron.parallel.pipeline import PipelineStage, PlannedP2PCommunicator, embedding_ranks
+from lcl_megatron.parallel.pipeline import PipelineStage, PlannedP2PCommunicator, embedding_ranks, sum_tied_gradients
 from lcl_megatron.parallel.sequence import TensorParallelSequence
 
 LossFunction = Callable[[Any], tuple[Tensor, Any]]
@@ -46,19 +47,54 @@ class Engine:
     """The run."""
     groups: ProcessGroups
     """Process groups and ranks."""
-    stage: Stage
-    """Pieces of the model on this rank."""
-    ddp: DistributedDataParallel
-    """The stage inside megatron-core's data parallelism: gradients are summed over dp x cp."""
+    chunks: tuple[DistributedDataParallel, ...]
+    """The stages on this rank, in the order of the line, each inside megatron-core's data parallelism: gradients are
+    summed over dp x cp. One, unless stages are interleaved."""
     device: torch.device
-    """Where the stage lives."""
+    """Where the stages live."""
     rows: RowEdge
     """How positions and images of a micro-batch are shared over cp."""
 
     @property
+    def models(self) -> tuple[LCLModel, ...]:
+        """This rank's parts of the model, one for each stage."""
+        return tuple(chunk.module.model for chunk in self.chunks)
+
+    @property
     def model(self) -> LCLModel:
-        """This rank's part of the model."""
-        return self.ddp.module.model
+        """This rank's only part of the model; an error where it has several (``models``)."""
+        (model,) = self.models
+        return model
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Pieces of the model on this rank, stage by stage."""
+        return tuple(model.stage for model in self.models)
+
+    @property
+    def reads_pixels(self) -> bool:
+        """Whether the line of layers begins on this rank."""
+        return self.stages[0].is_first
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether the line of layers ends on this rank."""
+        return self.stages[-1].is_last
+
+    def zero_gradients(self) -> None:
+        """Empty the gradient buffers; called before each step."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+
+    def clamp_logit_scale(self) -> None:
+        """Keep the temperature within its limits; called after each optimizer step."""
+        for model in self.models:
+            model.clamp_logit_scale()
+
+    def eval(self) -> None:
+        """Switch to evaluation mode: drop-path is off."""
+        for chunk in self.chunks:
+            chunk.eval()
 
     def forward_backward(
         self,
@@ -82,14 +118,13 @@ class Engine:
         Returns:
             What ``loss_function`` reported for each micro-batch on the last stage; empty elsewhere.
         """
-        batches = iter(enumerate(micro_batches))
 
-        def forward_step(iterator: Any, model: DistributedDataParallel) -> tuple[Any, Callable[[Any], Any]]:
-            index, micro_batch = next(iterator)
-            output = model(self._own_part(micro_batch), step)
+        def forward_step(batches: Any, chunk: DistributedDataParallel) -> tuple[Any, Callable[[Any], Any]]:
+            index, micro_batch = next(batches)
+            output = chunk(self._on_device(micro_batch, chunk), step)
             return output, partial(self._loss_and_report, partial(loss_function, index))
 
-        return self._schedule(forward_step, batches, micro_batches, forward_only, whole_gradients)
+        return self._schedule(forward_step, micro_batches, forward_only, whole_gradients)
 
     def features(self, micro_batches: Sequence[PackedBatch], step: int) -> list[LCLOutput]:
         """Run all micro-batches forward, without a graph, for the features that are contrasted.
@@ -101,14 +136,14 @@ class Engine:
         Returns:
             The model's output for each micro-batch on the last stage, without token losses; empty elsewhere.
         """
-        batches = iter(micro_batches)
 
-        def forward_step(iterator: Any, model: DistributedDataParallel) -> tuple[Any, Callable[[Any], Any]]:
-            output = model(self._own_part(next(iterator)), step, features_only=True)
+        def forward_step(batches: Any, chunk: DistributedDataParallel) -> tuple[Any, Callable[[Any], Any]]:
+            _, micro_batch = next(batches)
+            output = chunk(self._on_device(micro_batch, chunk), step, features_only=True)
             return output, partial(self._loss_and_report, self._nothing_to_differentiate)
 
         with torch.no_grad():
-            return self._schedule(forward_step, batches, micro_batches, forward_only=True, whole_gradients=False)
+            return self._schedule(forward_step, micro_batches, forward_only=True, whole_gradients=False)
 
     def forward_backward_together(
         self,
@@ -119,7 +154,7 @@ class Engine:
     ) -> list[Any]:
         """Run all micro-batches forward, keep their activations, and differentiate one loss of all outputs.
 
-        Needs the whole line of layers on this rank (one pipeline stage).
+        Needs the whole line of layers on this rank, in one stage.
 
         Args:
             micro_batches: this rank's micro-batches, in order.
@@ -132,29 +167,29 @@ class Engine:
             What ``loss_function`` reported.
         """
 
-        def forward_step(_: Any, model: DistributedDataParallel) -> tuple[Any, Callable[[Any], Any]]:
-            outputs = [model(self._own_part(micro_batch), step) for micro_batch in micro_batches]
+        def forward_step(_: Any, chunk: DistributedDataParallel) -> tuple[Any, Callable[[Any], Any]]:
+            outputs = [chunk(self._on_device(micro_batch, chunk), step) for micro_batch in micro_batches]
             return outputs, partial(self._loss_and_report, loss_function)
 
         # To the schedule it is one micro-batch, so gradients are reduced once, after the one backward pass.
-        (reports,) = self._schedule(forward_step, iter(()), micro_batches[:1], False, whole_gradients)
+        (reports,) = self._schedule(forward_step, micro_batches[:1], False, whole_gradients)
         return reports
 
     def _schedule(
         self,
         forward_step: Callable[..., Any],
-        batches: Iterator[Any],
         micro_batches: Sequence[PackedBatch],
         forward_only: bool,
         whole_gradients: bool,
     ) -> list[Any]:
         """Run megatron-core's schedule; return what was reported for each micro-batch on the last stage."""
-        images = [micro_batch.num_images for micro_batch in micro_batches]
-        communicator = PlannedP2PCommunicator(self.groups, self.ddp.config, self.stage, self.config, images)
-        return get_forward_backward_func(self.groups.pp_size, None)(
+        images, schedule = [micro_batch.num_images for micro_batch in micro_batches], self.chunks[0].config
+        communicator = PlannedP2PCommunicator(self.groups, schedule, self.stages, self.config, images)
+        return get_forward_backward_func(self.groups.pp_size, schedule.virtual_pipeline_model_parallel_size)(
             forward_step_func=forward_step,
-            data_iterator=batches,
-            model=[self.ddp],
+            # Every stage passes over the micro-batches at its own pace.
+            data_iterator=[iter(enumerate(micro_batches)) for _ in self.chunks],
+            model=list(self.chunks),
             num_microbatches=len(micro_batches),
             # Shapes come from the plan, through the communicator.
             seq_length=self.config.data.seq_length,
@@ -172,14 +207,16 @@ class Engine:
         With ``overlap_param_gather``, what other ranks have updated arrives only during the next forward pass.
         """
         overlapped = self.config.parallel.overlap_param_gather
-        if overlapped:
-            self.ddp.disable_forward_pre_hook(param_sync=True)
+        for chunk in self.chunks if overlapped else ():
+            chunk.disable_forward_pre_hook(param_sync=True)
         yield
-        if overlapped:
-            self.ddp.enable_forward_pre_hook()
+        for chunk in self.chunks if overlapped else ():
+            chunk.enable_forward_pre_hook()
 
-    def _own_part(self, micro_batch: PackedBatch) -> PackedBatch:
-        """Return what this rank reads of a micro-batch, on its device."""
+    def _on_device(self, micro_batch: PackedBatch, chunk: DistributedDataParallel) -> PackedBatch:
+        """Return this rank's part of what a stage reads of a micro-batch; later stages need no copy of its pixels."""
+        if not chunk.module.stage.is_first:
+            micro_batch = dataclasses.replace(micro_batch, images=None)
         return self.rows.part(micro_batch).to(self.device)
 
     def _nothing_to_differentiate(self, output: LCLOutput) -> tuple[Tensor, LCLOutput]:
@@ -192,9 +229,8 @@ class Engine:
 
 
 def build_engine(config: RunConfig, groups: ProcessGroups) -> Engine:
-    """Build this rank's stage with weights that do not depend on the layout, and wrap it for data parallelism."""
-    stage = cut_line(config)[groups.pp_rank]
-    device = groups.device
+    """Build this rank's stages with weights that do not depend on the layout, and wrap them for data parallelism."""
+    stages = cut_line(config)[groups.pp_rank :: groups.pp_size]
     parallel = config.parallel
     rows = ContextParallelRows(groups, config.data.seq_length) if groups.cp_size > 1 else WholeRows()
     runtime = Runtime(
@@ -207,22 +243,28 @@ def build_engine(config: RunConfig, groups: ProcessGroups) -> Engine:
         transformer_impl=resolve_transformer_impl(config.training.transformer_impl),
     )
     schedule = _schedule_config(config, runtime)
-    module = PipelineStage(config, stage, runtime, schedule)
-    initialize_weights(module.model, config.training.seed, groups.tp_rank, groups.tp_size)
-    ddp = DistributedDataParallel(
-        schedule,
-        DistributedDataParallelConfig(
-            use_distributed_optimizer=parallel.use_distributed_optimizer,
-            overlap_grad_reduce=parallel.overlap_grad_reduce,
-            overlap_param_gather=parallel.overlap_param_gather,
-            grad_reduce_in_fp32=True,
-        ),
-        module.to(device),
-        pg_collection=groups.collection,
+    settings = DistributedDataParallelConfig(
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        grad_reduce_in_fp32=True,
     )
-    schedule.no_sync_func = ddp.no_sync
-    ddp.train()
-    return Engine(config, groups, stage, ddp, device, rows)
+    chunks: list[DistributedDataParallel] = []
+    for stage in stages:
+        module = PipelineStage(config, stage, runtime, schedule)
+        initialize_weights(module.model, config.training.seed, groups.tp_rank, groups.tp_size)
+        chunk = DistributedDataParallel(
+            schedule,
+            settings,
+            module.to(groups.device),
+            # A later stage's gradients are ready while the earlier ones' are computed: nothing is won by small buckets.
+            disable_bucketing=bool(chunks),
+            pg_collection=groups.collection,
+        )
+        chunks.append(chunk.train())
+    no_sync = [chunk.no_sync for chunk in chunks]
+    schedule.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+    return Engine(config, groups, tuple(chunks), groups.device, rows)
 
 
 def _schedule_config(config: RunConfig, runtime: Runtime) -> TransformerConfig:
@@ -231,16 +273,22 @@ def _schedule_config(config: RunConfig, runtime: Runtime) -> TransformerConfig:
     Context parallelism is not named in it: gradients are summed over the group dp x cp that DDP is given, and losses,
     divided by global counts, need no factor of cp.
     """
-    stages = config.parallel.pipeline_model_parallel_size
+    parallel = config.parallel
+    interleaved = parallel.virtual_pipeline_model_parallel_size > 1
     return TransformerConfig(
-        num_layers=stages,
+        num_layers=parallel.num_stages,
         hidden_size=config.language.hidden_size,
         num_attention_heads=config.language.num_attention_heads,
         params_dtype=runtime.params_dtype,
         pipeline_dtype=runtime.params_dtype,
         bf16=runtime.params_dtype == torch.bfloat16,
         tensor_model_parallel_size=runtime.tensor_parallel_size,
-        pipeline_model_parallel_size=stages,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size if interleaved else None,
+        # A batched transfer would send an activation and a gradient to one rank at once, and with two ranks, where the
+        # next is the one before, the receiver could not tell which is which.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
         sequence_parallel=runtime.sequence_parallel,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
@@ -256,5 +304,6 @@ def _schedule_config(config: RunConfig, runtime: Runtime) -> TransformerConfig:
 
 
 def _finalize(model: list[Any], num_tokens: Tensor | None, **kwargs: Any) -> None:
-    """Finish all gradient reductions; never divide by megatron-core's token count."""
+    """Finish all reductions of gradients; never divide by megatron-core's token count."""
     finalize_model_grads(model, None, **kwargs)
+    sum_tied_gradients([chunk.module for chunk in model], kwargs["pg_collection"].embd)

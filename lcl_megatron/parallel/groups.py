@@ -66,12 +66,12 @@ class ProcessGroups:
 
     @property
     def pp_rank(self) -> int:
-        """Pipeline stage of this process, from 0."""
+        """Place of this process in the pipeline, from 0."""
         return self.pp.rank()
 
     @property
     def pp_size(self) -> int:
-        """Number of pipeline stages."""
+        """Ranks of the pipeline."""
         return self.pp.size()
 
     @property

@@ -1,7 +1,7 @@
 """Pipeline stages of the model, and what travels between them.
 
-megatron-core's 1F1B schedule sends one 3-D tensor per micro-batch from stage to stage. What it holds depends on the
-piece that the next stage starts with:
+megatron-core's 1F1B schedules, with one stage on a rank or several in turn (interleaved), send one 3-D tensor per
+micro-batch from stage to stage. What it holds depends on the piece that the next stage starts with:
 
 | next piece | rows of the tensor | width |
 |---|---|---|
@@ -25,12 +25,13 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+import torch.distributed as dist
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.pipeline_parallel.schedules import get_schedule_table
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from lcl_megatron.config import RunConfig
 from lcl_megatron.model.lcl import Activations, LCLModel, LCLOutput
@@ -91,7 +92,7 @@ def unpack(received: Tensor, piece: str, num_encoded: int) -> Activations:
 
 
 class PipelineStage(MegatronModule):
-    """The model's part on this rank, in the form that megatron-core's schedule, DDP and finalisation expect.
+    """One stage of the model, in the form that megatron-core's schedule, DDP and finalisation expect.
 
     Parallel: tp and cp inside the model; pp through ``set_input_tensor``, which the schedule calls with what the stage
     before sent.
@@ -105,16 +106,18 @@ class PipelineStage(MegatronModule):
         # What megatron-core asks of a stage.
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process = stage.is_first, stage.is_last
-        holds_tied_weight = stage.has(LANGUAGE_EMBED) or stage.has(HEADS)
-        self.share_embeddings_and_output_weights = config.language.tie_embeddings and holds_tied_weight
+        # False: the copies of a tied matrix are found by ``sum_tied_gradients``.
+        self.share_embeddings_and_output_weights = False
+        self._holds_tied_weight = config.language.tie_embeddings and (stage.has(LANGUAGE_EMBED) or stage.has(HEADS))
 
     def set_input_tensor(self, input_tensor: list[Tensor | None] | Tensor | None) -> None:
         """Keep what the stage before sent for the next forward call."""
         self._received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
-    def shared_embedding_or_output_weight(self) -> Tensor:
-        """Return this stage's copy of the tied matrix; its gradient is summed over the embedding group."""
-        return present(self.model.language).vocabulary_weight
+    @property
+    def tied_weight(self) -> nn.Parameter | None:
+        """This stage's copy of the tied matrix, if it holds one."""
+        return present(self.model.language).vocabulary_weight if self._holds_tied_weight else None
 
     def forward(self, batch: PackedBatch, step: int, features_only: bool = False) -> Tensor | LCLOutput:
         """Run this stage on one micro-batch; ``features_only`` as in ``LCLModel.forward``.
@@ -128,39 +131,37 @@ class PipelineStage(MegatronModule):
         result = self.model(batch, received, step, features_only)
         return result if isinstance(result, LCLOutput) else pack(result)
 
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
-    ) -> ShardedStateDict:
-        """Return the stage's tensors for a distributed checkpoint, named as in the whole model."""
-        return self.model.sharded_state_dict(prefix, sharded_offsets, metadata)
-
 
 class PlannedP2PCommunicator(P2PCommunicator):
     """megatron-core's stage-to-stage transfers, with shapes from the plan.
 
-    The schedule receives activations, and gradients, in the order of the micro-batches; so two counters are all the
-    state there is. A new communicator is made for every step.
+    A rank receives activations in the order in which it uses them, which is the order of megatron-core's table of
+    (micro-batch, stage on the rank) without the first stage of the line; and gradients in the same order with the
+    rank's stages reversed. So two counters are all the state there is. A new communicator is made for every step.
     """
 
     def __init__(
         self,
         groups: ProcessGroups,
         schedule: TransformerConfig,
-        stage: Stage,
+        stages: Sequence[Stage],
         config: RunConfig,
         images_per_micro_batch: Sequence[int],
     ) -> None:
         super().__init__(pp_group=groups.pp, config=schedule)
+        images, group_size = images_per_micro_batch, schedule.microbatch_group_size_per_vp_stage
+        table = get_schedule_table(len(images), len(stages), group_size)
 
-        def shapes(piece: str | None) -> Iterator[tuple[int, int, int]]:
-            images = images_per_micro_batch if piece else []
-            return iter([boundary_shape(piece or "", config, n, groups.cp_rank) for n in images])
+        def shapes(pieces: list[tuple[str | None, int]]) -> Iterator[tuple[int, int, int]]:
+            return iter([boundary_shape(piece, config, n, groups.cp_rank) for piece, n in pieces if piece])
 
-        self._activations = shapes(None if stage.is_first else stage.first_piece)
-        self._gradients = shapes(stage.next_piece)
+        self._activations = shapes(
+            [(None if stages[chunk].is_first else stages[chunk].first_piece, images[index]) for index, chunk in table]
+        )
+        self._gradients = shapes([(stages[-1 - chunk].next_piece, images[index]) for index, chunk in table])
 
     def _communicate(self, *, recv_prev: bool, recv_next: bool, tensor_shape: Any, **kwargs: Any) -> Any:
-        assert not (recv_prev and recv_next), "the non-interleaved schedule receives from one side at a time"
+        assert not (recv_prev and recv_next), "the schedules in use receive from one side at a time"
         if recv_prev:
             tensor_shape = next(self._activations)
         elif recv_next:
@@ -169,5 +170,41 @@ class PlannedP2PCommunicator(P2PCommunicator):
 
 
 def embedding_ranks(stages: Sequence[Stage], pipeline: list[int]) -> list[int]:
-    """Return those ranks of a pipeline that hold the token table: the stages with the embedding and with the heads."""
-    return [rank for rank, stage in zip(pipeline, stages, strict=True) if stage.has(LANGUAGE_EMBED) or stage.has(HEADS)]
+    """Return those ranks of a pipeline that hold the token table: the stages with the embedding and with the heads.
+
+    Args:
+        stages: all stages of the line; stage i is on rank i modulo the pipeline's length.
+        pipeline: global ranks.
+    """
+    holders = [
+        pipeline[index % len(pipeline)]
+        for index, stage in enumerate(stages)
+        if stage.has(LANGUAGE_EMBED) or stage.has(HEADS)
+    ]
+    return list(dict.fromkeys(holders))
+
+
+def sum_tied_gradients(stages: Sequence[PipelineStage], group: dist.ProcessGroup | None) -> None:
+    """Give both copies of a tied token matrix the sum of their gradients, so that they stay equal.
+
+    The copies are on two ranks, or in two stages of one. megatron-core's own sum looks for a copy in the first or the
+    last stage of a rank, where it need not be. Data-parallel ranks may have summed different parts: with a distributed
+    optimizer a copy is a bucket of its own, of which both copies' ranks have the same part.
+
+    Args:
+        stages: the stages on this rank, after their reduction over dp.
+        group: ranks that hold a copy; read only on those.
+
+    Parallel: one all-reduce over the group.
+    """
+    copies = [weight for stage in stages if (weight := stage.tied_weight) is not None]
+    gradients: list[Tensor] = [copy.main_grad for copy in copies]  # type: ignore[attr-defined]  # DDP sets it
+    if not gradients:
+        return
+    total, *others = gradients
+    for other in others:
+        total += other
+    if group is not None and group.size() > 1:
+        dist.all_reduce(total, group=group)
+    for other in others:
+        other.copy_(total)

@@ -97,7 +97,7 @@ class Meter:
         run, result = self.run, self.result
         assert result is not None, "a report needs at least one step"
         seconds = time.perf_counter() - self.since
-        is_last_stage = run.engine.stage.is_last
+        is_last_stage = run.engine.has_losses
         sums = torch.cat([self.sums, self._features(result) if is_last_stage else self.sums.new_zeros(_FEATURES)])
         totals = sum_over_data_parallel(sums, run.engine.groups, is_last_stage)
         sums_by_name = dict(zip(_SUM_NAMES, totals, strict=False))

@@ -229,6 +229,6 @@ def losses_and_gradients(engine: Engine, agreed: AgreedStep, whole_gradients: bo
     if loss.contrastive_keep_graphs:
         return engine.forward_backward_together(micro_batches, objective.together, step, whole_gradients)
     features = engine.features(micro_batches, step)
-    contrast = objective.contrast_of_features(features) if engine.stage.is_last else None
+    contrast = objective.contrast_of_features(features) if engine.has_losses else None
     objective = Objective(loss, agreed, engine.groups, contrast)
     return engine.forward_backward(micro_batches, objective, step, whole_gradients=whole_gradients)

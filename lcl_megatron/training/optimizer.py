@@ -32,9 +32,11 @@ def build_optimizer(engine: Engine) -> MegatronOptimizer:
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,
     )
-    return get_megatron_optimizer(
-        config, [engine.ddp], use_gloo_process_groups=False, pg_collection=engine.groups.collection
-    )
+    # Last stage first: megatron-core 0.16.1's distributed optimizer puts float32 parameters before bf16 ones, and looks
+    # their moments up, for a checkpoint, as if they stood in the order of the stages. ``logit_scale``, of the last
+    # stage, is the only one in float32.
+    chunks = list(reversed(engine.chunks))
+    return get_megatron_optimizer(config, chunks, use_gloo_process_groups=False, pg_collection=engine.groups.collection)
 
 
 def build_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

@@ -105,7 +105,7 @@ def _build(config: RunConfig, plan: Plan, groups: ProcessGroups) -> Run:
         _log_data(plan)
     checkpoint = _checkpoint_to_resume(config)
     engine = engines.build_engine(config, groups)
-    logger.debug("%s holds %s", groups.describe(), ", ".join(engine.stage.pieces))
+    logger.debug("%s holds %s", groups.describe(), " | ".join(", ".join(stage.pieces) for stage in engine.stages))
     if config.checkpoint.init_weights and checkpoint is None:
         # Before the optimizer, whose float32 values begin as the weights.
         load_initial_weights(config.checkpoint.init_weights, engine, plan.sequence.sources[0].corpus.tokenizer.model)
@@ -114,14 +114,15 @@ def _build(config: RunConfig, plan: Plan, groups: ProcessGroups) -> Run:
     progress = _resume(config, plan, trainable, checkpoint)
     if groups.rank == 0:
         logger.info(
-            "world size %d: tensor %d x pipeline %d x context %d x data %d; %.2f M parameters on this rank; "
+            "world size %d: tensor %d x pipeline %d%s x context %d x data %d; %.2f M parameters on this rank; "
             "step %d of %d",
             groups.world_size,
             groups.tp_size,
             groups.pp_size,
+            f" (of {len(engine.chunks)} stages each)" if len(engine.chunks) > 1 else "",
             groups.cp_size,
             groups.dp_size,
-            count_parameters(engine.ddp) / 1e6,
+            sum(map(count_parameters, engine.models)) / 1e6,
             progress.step,
             config.training.train_iters,
         )
@@ -135,7 +136,7 @@ def _build(config: RunConfig, plan: Plan, groups: ProcessGroups) -> Run:
             plan,
             groups.dp_rank,
             config.vision.image_size,
-            with_images=engine.stage.is_first,
+            with_images=engine.reads_pixels,
             start_step=progress.step,
             consumed_rows=progress.consumed_rows,
             end_step=config.training.train_iters,

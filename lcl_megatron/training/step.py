@@ -37,7 +37,7 @@ def train_step(run: Run, batch: StepBatch) -> StepResult:
     """
     engine, optimizer = run.engine, run.trainable.optimizer
     agreed = agree(batch, engine.groups, run.stop.requested)
-    engine.ddp.zero_grad_buffer()
+    engine.zero_gradients()
     optimizer.zero_grad()
     losses = losses_and_gradients(engine, agreed)
     # The rate of step k is lr * (k + 1) / warm-up: no step is spent at rate 0.
@@ -48,5 +48,5 @@ def train_step(run: Run, batch: StepBatch) -> StepResult:
             f"step {batch.step + 1}: the gradient norm is {grad_norm}. Go on from the last checkpoint with a lower "
             "--lr or --clip-grad, or a longer --lr-warmup-iters"
         )
-    engine.model.clamp_logit_scale()
+    engine.clamp_logit_scale()
     return StepResult(agreed, losses, float(grad_norm), optimizer.param_groups[0]["lr"])

@@ -7,6 +7,7 @@ optimizers, by the dimension that tensor parallelism splits.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -76,11 +77,16 @@ class Layout:
     cp: int = 1
     sequence_parallel: bool = False
     cuts: tuple[str, ...] = ()
+    stages_per_rank: int = 1
     distributed_optimizer: bool = True
 
     @property
+    def pp(self) -> int:
+        return (len(self.cuts) + 1) // self.stages_per_rank
+
+    @property
     def world_size(self) -> int:
-        return self.dp * self.tp * self.cp * (len(self.cuts) + 1)
+        return self.dp * self.tp * self.cp * self.pp
 
     def apply(self, config: RunConfig) -> RunConfig:
         return dataclasses.replace(
@@ -89,7 +95,8 @@ class Layout:
                 tensor_model_parallel_size=self.tp,
                 context_parallel_size=self.cp,
                 sequence_parallel=self.sequence_parallel,
-                pipeline_model_parallel_size=len(self.cuts) + 1,
+                pipeline_model_parallel_size=self.pp,
+                virtual_pipeline_model_parallel_size=self.stages_per_rank,
                 pipeline_cuts=self.cuts,
                 use_distributed_optimizer=self.distributed_optimizer,
             ),
@@ -120,7 +127,7 @@ def train(trainable: Trainable, steps: range) -> None:
         grid = [rows[i : i + groups.dp_size] for i in range(0, len(rows), groups.dp_size)]
         batch = StepBatch(step, layout_of(grid), tuple(ranks[groups.dp_rank] for ranks in grid))
         agreed = agree(batch, groups)
-        engine.ddp.zero_grad_buffer()
+        engine.zero_gradients()
         trainable.optimizer.zero_grad()
         engine.forward_backward(agreed.micro_batches, Objective(config.loss, agreed, groups), step)
         trainable.scheduler.step(1)
@@ -155,10 +162,10 @@ class HeldState:
 
 def held_state(trainable: Trainable) -> HeldState:
     """Return this rank's weights and optimizer state."""
-    model, tied = trainable.engine.model, trainable.engine.config.language.tie_embeddings
+    tied = trainable.engine.config.language.tie_embeddings
     pieces, counters = [], []
     names = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in itertools.chain(*(model.named_parameters() for model in trainable.engine.models)):
         if tied and name.startswith("language.output_"):
             name = "language.embedding.word_embeddings.weight"
         names[parameter] = name

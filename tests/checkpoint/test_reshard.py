@@ -26,6 +26,10 @@ CP2 = Layout("cp2", cp=2)
 CP2_TP2 = Layout("cp2 x tp2, sequence parallel", cp=2, tp=2, sequence_parallel=True)
 CP2_PLAIN = Layout("cp2, whole optimizer", cp=2, distributed_optimizer=False)
 PP3 = Layout("pp3", cuts=("vision.1", "language.1"))
+PP2X2 = Layout("pp2 x 2 stages", cuts=("vision.1", "language.embed", "language.1"), stages_per_rank=2)
+# Token embedding and heads are on one rank.
+DP2_PP2X2 = Layout("dp2 x pp2 x 2 stages", dp=2, cuts=("pool", "language.embed", "heads"), stages_per_rank=2)
+PP2X2_PLAIN = dataclasses.replace(PP2X2, name="pp2 x 2 stages, whole optimizer", distributed_optimizer=False)
 ONE_PLAIN = Layout("one, whole optimizer", distributed_optimizer=False)
 DP2_PLAIN = Layout("dp2, whole optimizer", dp=2, distributed_optimizer=False)
 PP2_PLAIN = Layout("pp2, whole optimizer", cuts=("heads",), distributed_optimizer=False)
@@ -42,6 +46,9 @@ CROSSINGS = [
     ("tied", DP2_TP2, ONE),
     ("tied", PP3, TP2),
     ("tied", DP2_PLAIN, PP2_EMBED),
+    ("tied", PP2X2, ONE),
+    ("tied", DP2_PP2X2, PP2X2_PLAIN),
+    ("tied", DP2_TP2, DP2_PP2X2),
     ("untied", PP2_EMBED, DP2_TP2),
     ("untied", DP2_TP2, PP2_PLAIN),
     ("bf16", DP2_TP2, PP2_PLAIN),
@@ -50,6 +57,8 @@ CROSSINGS = [
     ("tied", CP2, PP2_VISION),
     ("tied", DP2_PLAIN, CP2_TP2),
     ("bf16", CP2_PLAIN, CP2),
+    ("bf16", PP3, DP2_PP2X2),
+    ("bf16", DP2_PP2X2, PP2_PLAIN),
 ]
 PROGRESS = native.Progress(step=2, consumed_rows=8, consumed_images=10, data={"corpus 0": "abc"})
 

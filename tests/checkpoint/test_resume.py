@@ -30,6 +30,7 @@ LOSS_TOLERANCE = 1e-4
 ONE = Layout("one process")
 DP2 = Layout("dp2", dp=2)
 PP2 = Layout("pp2", cuts=("vision.1",))
+PP2X2 = Layout("pp2 x 2 stages", cuts=("vision.1", "language.embed", "language.1"), stages_per_rank=2)
 TP2 = Layout("tp2, sequence parallel", tp=2, sequence_parallel=True)
 CP2 = Layout("cp2", cp=2)
 DP2_PLAIN = Layout("dp2, whole optimizer", dp=2, distributed_optimizer=False)
@@ -117,7 +118,16 @@ def _assert_same_end(resumed: list[Outcome], expected: list[Outcome]) -> None:
 
 @pytest.mark.parametrize(
     ("layout", "precision"),
-    [(ONE, "fp32"), (ONE, "bf16"), (DP2, "fp32"), (DP2_PLAIN, "fp32"), (PP2, "fp32"), (TP2, "fp32"), (CP2, "fp32")],
+    [
+        (ONE, "fp32"),
+        (ONE, "bf16"),
+        (DP2, "fp32"),
+        (DP2_PLAIN, "fp32"),
+        (PP2, "fp32"),
+        (PP2X2, "bf16"),
+        (TP2, "fp32"),
+        (CP2, "fp32"),
+    ],
     ids=lambda value: getattr(value, "name", value),
 )
 def test_resumed_run_ends_with_the_bits_of_the_uninterrupted_one(
@@ -148,7 +158,7 @@ def test_run_that_stopped_itself_goes_on_from_where_it_saved(
     assert third.progress == resumed[0].progress
 
 
-@pytest.mark.parametrize("layout", [DP2, PP2, TP2, CP2], ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", [DP2, PP2, PP2X2, TP2, CP2], ids=lambda layout: layout.name)
 def test_run_resumed_in_another_layout_reads_on_and_learns_alike(
     layout: Layout, uninterrupted: Callable[..., Any], run_saving: RunRanks, corpus_path: Path, tmp_path: Path
 ) -> None:

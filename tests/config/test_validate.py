@@ -103,7 +103,42 @@ def test_default_config_is_valid_on_any_fitting_number_of_processes() -> None:
         (
             {"parallel__pipeline_model_parallel_size": 29, "training__global_batch_size": 8},
             29,
-            ["29 stages", "28 pieces", "12 vision layers", "at most 28"],
+            ["29 stages", "29 x 1", "28 pieces", "12 vision layers", "at most 28"],
+        ),
+        (
+            {
+                "parallel__pipeline_model_parallel_size": 8,
+                "parallel__virtual_pipeline_model_parallel_size": 4,
+                "training__global_batch_size": 64,
+            },
+            8,
+            ["32 stages", "8 x 4", "28 pieces", "product is at most 28"],
+        ),
+        (
+            {
+                "parallel__pipeline_model_parallel_size": 4,
+                "parallel__virtual_pipeline_model_parallel_size": 2,
+                "training__global_batch_size": 96,
+                "training__micro_batch_size": 8,
+            },
+            8,
+            [
+                "6 micro-batches on each data-parallel rank",
+                "96 / 8 / 2",
+                "no multiple of parallel.pipeline_model_parallel_size = 4",
+                "parallel.virtual_pipeline_model_parallel_size = 2 needs",
+                "--global-batch-size to 64 or 128",
+                "--virtual-pipeline-model-parallel-size 1",
+            ],
+        ),
+        (
+            {
+                "parallel__pipeline_model_parallel_size": 2,
+                "loss__contrastive_scope": "global",
+                "loss__contrastive_keep_graphs": True,
+            },
+            2,
+            ["loss.contrastive_keep_graphs with parallel.pipeline_model_parallel_size = 2", "for the two passes"],
         ),
         (
             {"parallel__pipeline_model_parallel_size": 2, "loss__latent_regression_loss_weight": 0.5},
@@ -185,6 +220,11 @@ def test_wrong_config_raises_what_got_expected_do(fields: dict[str, Any], world_
         {"data__seq_length": 200},
         {"training__train_iters": 2001},
         {"parallel__pipeline_model_parallel_size": 28, "training__global_batch_size": 8},
+        {
+            "parallel__pipeline_model_parallel_size": 7,
+            "parallel__virtual_pipeline_model_parallel_size": 4,
+            "training__global_batch_size": 56,
+        },
         {
             "parallel__tensor_model_parallel_size": 4,
             "language__vocab_size": 1001,
@@ -280,6 +320,25 @@ def test_batch_arithmetic() -> None:
         (ParallelConfig, {"context_parallel_size": 0}, "parallel.context_parallel_size = 0"),
         (ParallelConfig, {"sequence_parallel": True}, "--no-sequence-parallel"),
         (ParallelConfig, {"pipeline_cuts": ("pool",)}, "names 1 cuts; 1 stages need 0"),
+        (
+            ParallelConfig,
+            {
+                "pipeline_model_parallel_size": 2,
+                "virtual_pipeline_model_parallel_size": 2,
+                "pipeline_cuts": ("pool",),
+            },
+            "names 1 cuts; 4 stages need 3",
+        ),
+        (
+            ParallelConfig,
+            {"virtual_pipeline_model_parallel_size": 0},
+            "parallel.virtual_pipeline_model_parallel_size = 0; it must be at least 1",
+        ),
+        (
+            ParallelConfig,
+            {"virtual_pipeline_model_parallel_size": 2},
+            "parallel.virtual_pipeline_model_parallel_size = 2 with parallel.pipeline_model_parallel_size = 1; stages",
+        ),
         (
             ParallelConfig,
             {"overlap_param_gather": True, "overlap_grad_reduce": False},

@@ -60,7 +60,7 @@ def measure(rank: int, world_size: int, config: RunConfig) -> tuple[dict[str, fl
     state = Activations(pooled_ND=pooled, hidden_T1H=hidden)
     _, heads = saved_bytes(lambda: model._finish(batch, state), known)
     counts = MicroBatchCounts(batch.num_images, len(batch.label_positions), batch.num_images)
-    predicted = StageActivations(config, engine.stage).micro_batch(counts)
+    predicted = StageActivations(config, engine.stages[0]).micro_batch(counts)
     return {"vision": vision, "language": language, "heads": heads}, predicted
 
 

@@ -63,7 +63,7 @@ def build(rank: int, world_size: int, config: RunConfig) -> dict[str, Any]:
     optimizer = build_optimizer(engine)
     for parameter in engine.model.parameters():
         parameter.main_grad.fill_(1e-3)
-    engine.ddp.finish_grad_sync()
+    engine.chunks[0].finish_grad_sync()
     optimizer.step()
     tensors = {}
     for part in optimizer.chained_optimizers:
@@ -92,7 +92,7 @@ def build(rank: int, world_size: int, config: RunConfig) -> dict[str, Any]:
                 (bucket.grad_data.numel(), bucket.grad_data.numel() * buffer.grad_data.element_size())
                 for bucket in buffer.buckets
             ]
-            for buffer in engine.ddp.buffers
+            for buffer in engine.chunks[0].buffers
         ],
         "predicted_buckets": [[(b.numel, b.numel * 4) for b in buffer.buckets] for buffer in traffic.buffers],
         "state": (
@@ -100,7 +100,7 @@ def build(rank: int, world_size: int, config: RunConfig) -> dict[str, Any]:
                 p.untyped_storage().nbytes()
                 for p in {p.untyped_storage().data_ptr(): p for p in engine.model.parameters()}.values()
             ),
-            sum(buffer.grad_data.nbytes for buffer in engine.ddp.buffers),
+            sum(buffer.grad_data.nbytes for buffer in engine.chunks[0].buffers),
             sum(tensor.nbytes for tensor in beside),
         ),
         "predicted_state": rank_state(traffic, groups.dp_rank),
@@ -126,11 +126,11 @@ def build_small_buckets(rank: int, world_size: int, config: RunConfig) -> tuple[
     """Return the real limit, and real and predicted buckets under a limit that this model reaches."""
     groups = engines.start(config)
     engine = engines.build_engine(config, groups)
-    settings = dataclasses.replace(engine.ddp.ddp_config, bucket_size=LIMIT)
-    again = type(engine.ddp)(engine.ddp.config, settings, engine.ddp.module, pg_collection=groups.collection)
+    settings = dataclasses.replace(engine.chunks[0].ddp_config, bucket_size=LIMIT)
+    again = type(engine.chunks[0])(engine.chunks[0].config, settings, engine.chunks[0].module, pg_collection=groups.collection)
     traffic = StepTraffic(config, world_size, 0)
     found = [[bucket.grad_data.numel() for bucket in buffer.buckets] for buffer in again.buffers]
-    return engine.ddp.bucket_size, found, [[bucket.numel for bucket in buffer.buckets] for buffer in traffic.buffers]
+    return engine.chunks[0].bucket_size, found, [[bucket.numel for bucket in buffer.buckets] for buffer in traffic.buffers]
 
 
 LIMIT = 20_000

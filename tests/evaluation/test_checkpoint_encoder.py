@@ -41,7 +41,7 @@ def train_and_see(config: Any) -> Tensor | None:
         if run.engine.groups.world_size > 1:
             return None
         tower = run.engine.model.vision
-        run.engine.ddp.eval()
+        run.engine.eval()
         with torch.no_grad():
             return tower(IMAGES).mean(dim=1).float()  # type: ignore[misc]
 
@@ -73,7 +73,7 @@ def test_the_encoder_of_a_checkpoint_is_the_one_that_was_trained(data: DataFolde
     groups = engines.start(config)
     try:
         engine = engines.build_engine(config, groups)
-        engine.ddp.eval()
+        engine.eval()
         with torch.no_grad():
             fresh = engine.model.vision(IMAGES).mean(dim=1)  # type: ignore[misc]
     finally:
@@ -88,17 +88,25 @@ def _train(rank: int, world_size: int, config: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "parallel"),
+    ("world_size", "sections"),
     [
-        (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
-        (3, {"pipeline_model_parallel_size": 3, "pipeline_cuts": ("vision.1", "language.1")}),
+        (2, {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}}),
+        (3, {"parallel": {"pipeline_model_parallel_size": 3, "pipeline_cuts": ("vision.1", "language.1")}}),
+        (
+            2,
+            {
+                "parallel": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+                "training": {"train_iters": 4, "micro_batch_size": 2},
+                "loss": {"contrastive_scope": "global"},
+            },
+        ),
     ],
-    ids=["tp2 sequence parallel", "pp3"],
+    ids=["tp2 sequence parallel", "pp3", "pp2 x 2 stages"],
 )
 def test_the_encoder_of_any_layout_is_read_by_one_process(
-    data: DataFolder, tmp_path: Path, world_size: int, parallel: dict[str, Any]
+    data: DataFolder, tmp_path: Path, world_size: int, sections: dict[str, Any]
 ) -> None:
-    run_distributed(_train, world_size, config_of(data, tmp_path / "many", parallel=parallel))
+    run_distributed(_train, world_size, config_of(data, tmp_path / "many", **sections))
     expected = train_and_see(config_of(data, tmp_path / "one"))
     with frozen_encoders(tmp_path / "many") as (trained, _):
         torch.testing.assert_close(trained(IMAGES), expected, rtol=1e-4, atol=1e-5)

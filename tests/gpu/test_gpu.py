@@ -137,7 +137,7 @@ def losses_and_gradients(config: RunConfig) -> tuple[list[float], dict[str, Tens
         engine = engines.build_engine(config, groups)
         micro = merge(make_rows(config, ROWS))
         agreed = agree(StepBatch(3, layout_of([[micro]]), (micro,)), groups)
-        engine.ddp.zero_grad_buffer()
+        engine.zero_gradients()
         (part,) = engine.forward_backward(
             agreed.micro_batches, Objective(config.loss, agreed, groups), 3, whole_gradients=True
         )

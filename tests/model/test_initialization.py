@@ -121,13 +121,19 @@ def _weights(
             parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None,
             getattr(parameter, "shared", False),
         )
-        for name, parameter in engine.model.named_parameters()
+        for model in engine.models
+        for name, parameter in model.named_parameters()
     }
 
 
 LAYOUTS = {
     "tp2": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
     "pp3": ParallelConfig(pipeline_model_parallel_size=3, pipeline_cuts=("vision.1", "language.1")),
+    "pp2 x 2 stages": ParallelConfig(
+        pipeline_model_parallel_size=2,
+        virtual_pipeline_model_parallel_size=2,
+        pipeline_cuts=("pool", "language.embed", "heads"),
+    ),
     "tp2 x pp2": ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, pipeline_cuts=("pool",)),
 }
 

@@ -70,6 +70,18 @@ def test_more_stages_than_pieces_are_refused(tiny_run: RunConfig) -> None:
         cut_line(_with(tiny_run, 9))
 
 
+def test_a_rank_with_several_stages_needs_as_many_cuts(tiny_run: RunConfig) -> None:
+    parallel = ParallelConfig(
+        pipeline_model_parallel_size=2,
+        virtual_pipeline_model_parallel_size=2,
+        pipeline_cuts=("vision.1", "language.embed", "heads"),
+    )
+    stages = cut_line(dataclasses.replace(tiny_run, parallel=parallel))
+    assert stages == cut_line(_with(tiny_run, 4, ("vision.1", "language.embed", "heads")))
+    balanced = dataclasses.replace(tiny_run, parallel=dataclasses.replace(parallel, pipeline_cuts=()))
+    assert cut_line(balanced) == cut_line(_with(tiny_run, 4))
+
+
 @given(st.lists(st.integers(0, 20).map(float), min_size=1, max_size=8), st.data())
 def test_balanced_cuts_have_the_smallest_largest_stage(costs: list[float], data: st.DataObject) -> None:
     stages = data.draw(st.integers(1, len(costs)))

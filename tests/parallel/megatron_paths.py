@@ -106,23 +106,27 @@ def draw_without_warning() -> None:
     assert not [record.getMessage() for record in records]
 
 
-def _train_step(config: TransformerConfig, ddp: DistributedDataParallel, is_last: bool) -> None:
+def _train_step(config: TransformerConfig, *chunks: DistributedDataParallel, is_last: bool) -> None:
     def forward_step(iterator: Any, model: Any) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
         output = model(torch.ones(2, 1, 4, dtype=config.params_dtype))
         return output, lambda out: (out.sum(), torch.tensor(1, dtype=torch.int), {"loss": out.sum().detach()})
 
-    config.no_sync_func = ddp.no_sync
-    reports = get_forward_backward_func()(
+    no_sync = [chunk.no_sync for chunk in chunks]
+    config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+    reports = get_forward_backward_func(
+        config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
+    )(
         forward_step_func=forward_step,
-        data_iterator=None,
-        model=[ddp],
-        num_microbatches=3,
+        data_iterator=[None] * len(chunks),
+        model=list(chunks),
+        num_microbatches=4,
         seq_length=2,
         micro_batch_size=1,
         forward_only=False,
     )
-    assert [float(report["loss"]) for report in reports] == ([8.0] * 3 if is_last else [])
-    assert ddp.module.weight.main_grad.tolist() == [6.0] * 4
+    assert [float(report["loss"]) for report in reports] == ([8.0] * 4 if is_last else [])
+    for chunk in chunks:
+        assert chunk.module.weight.main_grad.tolist() == [8.0] * 4
 
 
 def _wrapped(config: TransformerConfig, use_distributed_optimizer: bool = True) -> DistributedDataParallel:
@@ -133,7 +137,7 @@ def _wrapped(config: TransformerConfig, use_distributed_optimizer: bool = True) 
 
 
 def run_schedule() -> None:
-    """Forward and backward of three micro-batches, summed."""
+    """Forward and backward of four micro-batches, summed."""
     _alone()
     config = _config(calculate_per_token_loss=True)
     _train_step(config, _wrapped(config), is_last=True)
@@ -144,6 +148,19 @@ def run_pipeline(rank: int, world_size: int) -> None:
     parallel_state.initialize_model_parallel(pipeline_model_parallel_size=2)
     config = _config(calculate_per_token_loss=True, pipeline_model_parallel_size=2)
     _train_step(config, _wrapped(config), is_last=rank == 1)
+
+
+def run_interleaved_pipeline(rank: int, world_size: int) -> None:
+    """The same through four stages that two ranks hold in turn."""
+    parallel_state.initialize_model_parallel(pipeline_model_parallel_size=2)
+    config = _config(
+        calculate_per_token_loss=True,
+        pipeline_model_parallel_size=2,
+        virtual_pipeline_model_parallel_size=2,
+        overlap_p2p_comm=True,
+        batch_p2p_comm=False,
+    )
+    _train_step(config, _wrapped(config), _wrapped(config), is_last=rank == 1)
 
 
 def _optimizer(dtype: torch.dtype, distributed: bool) -> tuple[DistributedDataParallel, MegatronOptimizer]:

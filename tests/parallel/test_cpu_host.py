@@ -36,6 +36,7 @@ PATHS: dict[str, Callable[..., Any]] = {
     f"{CORE}.tensor_parallel.random": paths.draw_without_warning,
     f"{CORE}.pipeline_parallel.schedules.forward_backward_no_pipelining": paths.run_schedule,
     f"{CORE}.pipeline_parallel.schedules.forward_backward_pipelining_without_interleaving": paths.run_pipeline,
+    f"{CORE}.pipeline_parallel.schedules.forward_backward_pipelining_with_interleaving": paths.run_interleaved_pipeline,
     f"{CORE}.optimizer.optimizer.MixedPrecisionOptimizer.__init__": paths.update_bf16,
     f"{CORE}.optimizer.optimizer.Float16OptimizerWithFloat16Params.__init__": paths.update_bf16,
     f"{CORE}.optimizer.optimizer.FP32Optimizer.__init__": paths.update_fp32,
@@ -54,7 +55,7 @@ def _run_with_stand_ins(connection: Connection, path: Callable[..., Any], left_o
         for stand_in in cpu_host.STAND_INS:
             if stand_in.name != left_out:
                 stand_in.apply()
-        if path is paths.run_pipeline:
+        if path in (paths.run_pipeline, paths.run_interleaved_pipeline):
             run_distributed(path, 2, timeout=60)
         else:
             path()

@@ -30,7 +30,7 @@ def _run(rank: int, world_size: int, config: RunConfig, forward_only: bool) -> d
     engine = engines.build_engine(config, groups)
     rows = make_rows(config, ROWS)
     batches = [merge(rows[i : i + 2]) for i in (0, 2)]
-    engine.ddp.zero_grad_buffer()
+    engine.zero_gradients()
 
     def loss(index: int, output: LCLOutput) -> tuple[torch.Tensor, tuple[int, float]]:
         value = _loss(output)
@@ -39,9 +39,9 @@ def _run(rank: int, world_size: int, config: RunConfig, forward_only: bool) -> d
     reports = engine.forward_backward(batches, loss, STEP, forward_only=forward_only, whole_gradients=True)
     return {
         "reports": reports,
-        "gradients": {n: p.main_grad.numpy().copy() for n, p in engine.model.named_parameters()},
-        "pieces": engine.stage.pieces,
-        "training": engine.model.training,
+        "gradients": {n: p.main_grad.numpy().copy() for model in engine.models for n, p in model.named_parameters()},
+        "pieces": [stage.pieces for stage in engine.stages],
+        "training": all(model.training for model in engine.models),
     }
 
 
@@ -87,8 +87,8 @@ def test_only_the_last_stage_reports(tiny_run: RunConfig) -> None:
     first, last = run_distributed(_run, 2, _piped(tiny_run), False)
     assert first["reports"] == []
     assert [value for _, value in last["reports"]] == pytest.approx(single["losses"], rel=1e-5)
-    assert first["pieces"][-1] == "pool"
-    assert last["pieces"][0] == "language.embed"
+    assert first["pieces"][-1][-1] == "pool"
+    assert last["pieces"][0][0] == "language.embed"
 
 
 @pytest.mark.parametrize("piped", [False, True])
@@ -98,6 +98,45 @@ def test_forward_only_reports_and_leaves_no_gradient(piped: bool, tiny_run: RunC
     assert [value for _, value in results[-1]["reports"]] == pytest.approx(single["losses"], rel=1e-5)
     for result in results:
         assert not any(gradient.any() for gradient in result["gradients"].values())
+
+
+def _interleaved(config: RunConfig) -> RunConfig:
+    parallel = ParallelConfig(
+        pipeline_model_parallel_size=2,
+        virtual_pipeline_model_parallel_size=2,
+        pipeline_cuts=("vision.1", "language.embed", "heads"),
+    )
+    return dataclasses.replace(config, parallel=parallel)
+
+
+@pytest.mark.parametrize("forward_only", [False, True])
+def test_interleaved_stages_take_turns_on_the_ranks(forward_only: bool, tiny_run: RunConfig) -> None:
+    """With as few micro-batches as there may be."""
+    single = _single(tiny_run)
+    first, last = run_distributed(_run, 2, _interleaved(tiny_run), forward_only)
+    assert [pieces[0] for pieces in first["pieces"]] == ["vision.embed", "language.embed"]
+    assert [pieces[0] for pieces in last["pieces"]] == ["vision.1", "heads"]
+    assert first["reports"] == []
+    assert [index for index, _ in last["reports"]] == [0, 1]
+    assert [value for _, value in last["reports"]] == pytest.approx(single["losses"], rel=1e-5)
+    for result in (first, last):
+        assert result["training"]
+        for name, gradient in result["gradients"].items():
+            if forward_only:
+                assert not gradient.any(), name
+            elif name in single["gradients"] and name != "language.embedding.word_embeddings.weight":
+                np.testing.assert_allclose(gradient, single["gradients"][name], rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_model_is_the_only_part_or_an_error(tiny_run: RunConfig) -> None:
+    def refused(rank: int, world_size: int) -> bool:
+        config = _interleaved(tiny_run)
+        engine = engines.build_engine(config, engines.start(config))
+        with pytest.raises(ValueError, match="too many values"):
+            _ = engine.model
+        return len(engine.models) == 2
+
+    assert run_distributed(refused, 2) == [True, True]
 
 
 def test_precision_decides_dtypes_and_gradients_stay_float32(tiny_run: RunConfig) -> None:

@@ -92,6 +92,7 @@ class Layout:
     tensor: int = 1
     sequence_parallel: bool = False
     cuts: tuple[str, ...] = ()
+    stages_per_rank: int = 1
     latent_regression: float = 0.0
     scope: Literal["micro_batch", "global"] = "micro_batch"
     keep_graphs: bool = False
@@ -100,7 +101,11 @@ class Layout:
 
     @property
     def world_size(self) -> int:
-        return self.data_parallel_size * self.tensor * self.context * (len(self.cuts) + 1)
+        return self.data_parallel_size * self.tensor * self.context * self.pipeline
+
+    @property
+    def pipeline(self) -> int:
+        return (len(self.cuts) + 1) // self.stages_per_rank
 
     def config(self) -> RunConfig:
         return dataclasses.replace(
@@ -116,11 +121,14 @@ class Layout:
                 tensor_model_parallel_size=self.tensor,
                 sequence_parallel=self.sequence_parallel,
                 context_parallel_size=self.context,
-                pipeline_model_parallel_size=len(self.cuts) + 1,
+                pipeline_model_parallel_size=self.pipeline,
+                virtual_pipeline_model_parallel_size=self.stages_per_rank,
                 pipeline_cuts=self.cuts,
             ),
         )
 
+
+SEVEN_CUTS = ("vision.0", "vision.1", "vision.2", "pool", "language.embed", "language.0", "heads")
 
 LAYOUTS = [
     Layout("dp2", 1, data_parallel_size=2),
@@ -146,6 +154,20 @@ LAYOUTS = [
         tensor=2,
         sequence_parallel=True,
         cuts=("language.embed",),
+    ),
+    Layout("pp2 x 2 stages", 2, cuts=("vision.1", "pool", "language.1"), stages_per_rank=2),
+    # Token embedding and heads are on one rank, which holds both copies of the tied matrix.
+    Layout("pp2 x 2 stages, tied on a rank", 1, cuts=("pool", "language.embed", "heads"), stages_per_rank=2),
+    Layout("pp2 x 4 stages", 1, cuts=SEVEN_CUTS, stages_per_rank=4),
+    Layout("pp4 x 2 stages", 2, cuts=SEVEN_CUTS, stages_per_rank=2),
+    Layout("dp2 x pp2 x 2 stages", 1, 2, cuts=("vision.2", "language.embed", "language.1"), stages_per_rank=2),
+    Layout(
+        "tp2 x pp2 x 2 stages, sequence parallel",
+        1,
+        tensor=2,
+        sequence_parallel=True,
+        cuts=("vision.1", "language.embed", "language.1"),
+        stages_per_rank=2,
     ),
     Layout("dp2 x pp2", 1, data_parallel_size=2, cuts=("vision.2",)),
     Layout("dp2 x tp2", 1, data_parallel_size=2, tensor=2),
@@ -203,6 +225,7 @@ LAYOUTS_IN_DOUBLE = [
     Layout("dp2 x pp2", 1, data_parallel_size=2, cuts=("vision.2",), scope="global", double=True),
     Layout("cp2", 1, context=2, scope="global", double=True),
     Layout("cp2 x pp2", 2, context=2, cuts=("language.embed",), scope="global", double=True),
+    Layout("pp2 x 4 stages", 1, cuts=SEVEN_CUTS, stages_per_rank=4, scope="global", double=True),
 ]
 
 Gradients = dict[str, tuple[np.ndarray, int | None]]
@@ -216,7 +239,7 @@ def _run(rank: int, world_size: int, layout: Layout) -> tuple[list[float], Gradi
     groups = engines.start(config)
     engine = engines.build_engine(config, groups)
     with torch.no_grad():
-        for parameter in engine.model.parameters():
+        for parameter in (parameter for model in engine.models for parameter in model.parameters()):
             # Initial weights are so small that most of the model would hardly matter.
             if parameter.dim() > 1:
                 parameter.mul_(2.0)
@@ -225,19 +248,20 @@ def _run(rank: int, world_size: int, layout: Layout) -> tuple[list[float], Gradi
     grid = [slots[i : i + groups.dp_size] for i in range(0, len(slots), groups.dp_size)]
     batch = StepBatch(STEP, layout_of(grid), tuple(ranks[groups.dp_rank] for ranks in grid))
     agreed = agree(batch, groups)
-    engine.ddp.zero_grad_buffer()
+    engine.zero_gradients()
     losses = losses_and_gradients(engine, agreed, whole_gradients=True)
     sums = torch.zeros(3, dtype=torch.float64)
     for loss in losses:
         sums[:2] += torch.stack([loss.generation_loss, loss.contrastive_loss])
         sums[2] += 0.0 if loss.latent_regression_loss is None else loss.latent_regression_loss
-    totals = sum_over_data_parallel(sums, groups, engine.stage.is_last)
+    totals = sum_over_data_parallel(sums, groups, engine.has_losses)
     gradients = {
         name: (
             parameter.main_grad.numpy().copy(),
             parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None,
         )
-        for name, parameter in engine.model.named_parameters()
+        for model in engine.models
+        for name, parameter in model.named_parameters()
     }
     return totals, gradients, (groups.tp_rank, groups.dp_rank)
 

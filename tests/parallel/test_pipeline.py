@@ -25,6 +25,7 @@ from lcl_megatron.parallel.pipeline import (
     boundary_shape,
     embedding_ranks,
     pack,
+    sum_tied_gradients,
     unpack,
 )
 from tests.batches import Document, make_rows, merge
@@ -178,18 +179,45 @@ def test_embedding_ranks_are_those_of_token_table_and_heads(tiny_run: RunConfig)
     assert ranks("language.embed", "language.0", "heads") == [10, 30]
 
 
-def test_stages_that_hold_the_tied_matrix_say_so(config: RunConfig, runtime: Runtime) -> None:
-    def shares(config: RunConfig) -> list[bool]:
-        schedule = language_transformer_config(config.language, runtime)
+def test_embedding_ranks_when_a_rank_holds_every_second_stage(tiny_run: RunConfig) -> None:
+    def ranks(*cuts: str) -> list[int]:
+        return embedding_ranks(cut_line(_cut(tiny_run, cuts)), [10, 20])
+
+    assert ranks("vision.1", "pool", "language.1") == [10, 20]
+    assert ranks("pool", "language.embed", "heads") == [10, 20]
+    assert ranks("language.embed", "language.0", "heads") == [20]
+    assert ranks("vision.1", "pool", "language.embed") == [20]
+
+
+def _stages(config: RunConfig, runtime: Runtime) -> list[PipelineStage]:
+    schedule = language_transformer_config(config.language, runtime)
+    return [PipelineStage(config, stage, runtime, schedule) for stage in cut_line(config)]
+
+
+def test_stages_that_hold_the_tied_matrix_have_it(config: RunConfig, runtime: Runtime) -> None:
+    def names(config: RunConfig) -> list[str | None]:
         return [
-            PipelineStage(config, stage, runtime, schedule).share_embeddings_and_output_weights
-            for stage in cut_line(config)
+            next((name for name, p in stage.model.named_parameters() if p is stage.tied_weight), None)
+            for stage in _stages(config, runtime)
         ]
 
     config = _cut(config, ("language.embed", "language.1", "heads"))
-    assert shares(config) == [False, True, False, True]
+    assert names(config) == [None, TIED, None, "language.output_projection.weight"]
     untied = dataclasses.replace(config, language=dataclasses.replace(config.language, tie_embeddings=False))
-    assert shares(untied) == [False] * 4
+    assert names(untied) == [None] * 4
+
+
+def test_both_copies_of_the_tied_matrix_on_a_rank_get_the_sum_of_their_gradients(
+    config: RunConfig, runtime: Runtime
+) -> None:
+    stages = _stages(_cut(config, ("language.embed", "language.1", "heads")), runtime)
+    copies = [weight for stage in stages if (weight := stage.tied_weight) is not None]
+    for value, copy in zip((2.0, 5.0), copies, strict=True):
+        copy.main_grad = torch.full_like(copy, value)  # type: ignore[attr-defined]
+    sum_tied_gradients(stages, runtime.collection.embd)
+    for copy in copies:
+        assert torch.equal(copy.main_grad, torch.full_like(copy, 7.0))  # type: ignore[attr-defined]
+    sum_tied_gradients(stages[:1], None)  # has none, and talks to nobody
 
 
 def test_stage_without_what_it_needs_says_so(config: RunConfig, runtime: Runtime) -> None:
@@ -206,11 +234,39 @@ def test_communicator_refuses_to_receive_from_both_sides(config: RunConfig) -> N
     try:
         stage, _ = cut_line(_cut(config, ("pool",)))
         schedule = language_transformer_config(config.language, Runtime(collection=groups.collection))
-        communicator = PlannedP2PCommunicator(groups, schedule, stage, config, [1, 2])
-        with pytest.raises(AssertionError, match="receives from one side at a time"):
+        communicator = PlannedP2PCommunicator(groups, schedule, [stage], config, [1, 2])
+        with pytest.raises(AssertionError, match="receive from one side at a time"):
             communicator._communicate(
                 tensor_send_next=None, tensor_send_prev=None, recv_prev=True, recv_next=True, tensor_shape=None
             )
+    finally:
+        groups.destroy()
+
+
+def test_shapes_are_in_the_order_in_which_interleaved_stages_receive(config: RunConfig) -> None:
+    """Two ranks with two stages each, four micro-batches of 1 to 4 images: the turns of each rank, written out."""
+    groups = initialize(ParallelConfig(), lambda pipeline: pipeline[:1])
+    try:
+        stages = cut_line(_cut(config, ("vision.1", "language.embed", "language.1")))
+        schedule = language_transformer_config(config.language, Runtime(collection=groups.collection))
+        schedule.microbatch_group_size_per_vp_stage = 2
+
+        def shapes(rank: int) -> list[list[tuple[int, int, int]]]:
+            communicator = PlannedP2PCommunicator(groups, schedule, stages[rank::2], config, [1, 2, 3, 4])
+            return [list(communicator._activations), list(communicator._gradients)]
+
+        def planned(*turns: tuple[str, int]) -> list[tuple[int, int, int]]:
+            return [boundary_shape(piece, config, images) for piece, images in turns]
+
+        first, second, third = "vision.1", "language.embed", "language.1"
+        assert shapes(0) == [
+            planned((second, 1), (second, 2), (second, 3), (second, 4)),
+            planned(*[(third, 1), (third, 2), (first, 1), (first, 2), (third, 3), (third, 4), (first, 3), (first, 4)]),
+        ]
+        assert shapes(1) == [
+            planned(*[(first, 1), (first, 2), (third, 1), (third, 2), (first, 3), (first, 4), (third, 3), (third, 4)]),
+            planned((second, 1), (second, 2), (second, 3), (second, 4)),
+        ]
     finally:
         groups.destroy()
 

@@ -154,7 +154,18 @@ def _train(rank: int, world_size: int, config: RunConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    "layout", ["dp2", "tp2", "pp2", "cp2", "dp2, global", "pp2, global", "cp2, global", "dp2, global, graphs kept"]
+    "layout",
+    [
+        "dp2",
+        "tp2",
+        "pp2",
+        "pp2 x 2 stages",
+        "cp2",
+        "dp2, global",
+        "pp2, global",
+        "cp2, global",
+        "dp2, global, graphs kept",
+    ],
 )
 def test_two_processes_report_what_one_does(corpus: Path, tmp_path: Path, layout: str) -> None:
     """Rates are of the whole run, shares are not doubled, and every rank's part is in the sums.
@@ -180,6 +191,11 @@ def test_two_processes_report_what_one_does(corpus: Path, tmp_path: Path, layout
             "training": {"micro_batch_size": 1},
             "loss": {"contrastive_scope": "global"},
             "parallel": {"context_parallel_size": 2},
+        },
+        "pp2 x 2 stages": {
+            "parallel": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+            "training": {"micro_batch_size": 2},
+            "loss": {"contrastive_scope": "global"},
         },
     }
     for name, world_size, changes in (("two", 2, sections[layout]), ("one", 1, {})):

@@ -80,7 +80,7 @@ def test_no_weight_decay_on_vectors(corpus: Path) -> None:
     with run_from(small_config(corpus, optimizer={"weight_decay": 0.5, "lr": 1e-2, "lr_warmup_iters": 0})) as run:
         optimizer = run.trainable.optimizer
         before = parameters(run)
-        run.engine.ddp.zero_grad_buffer()
+        run.engine.zero_gradients()
         optimizer.zero_grad()
         run.trainable.scheduler.step(1)
         lr = optimizer.param_groups[0]["lr"]

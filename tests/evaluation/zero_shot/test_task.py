@@ -109,7 +109,7 @@ def test_a_checkpoint_s_features_are_those_that_training_contrasts(tmp_path: Pat
     prompts = [sentence(3), "the cat", sentence(7)]
     with run_from(config) as run:
         train(run)
-        run.engine.ddp.eval()
+        run.engine.eval()
         model: Any = run.engine.model
 
     with checkpoint_model(tmp_path / "save") as found:
