@@ -127,10 +127,16 @@ def build_small_buckets(rank: int, world_size: int, config: RunConfig) -> tuple[
     groups = engines.start(config)
     engine = engines.build_engine(config, groups)
     settings = dataclasses.replace(engine.chunks[0].ddp_config, bucket_size=LIMIT)
-    again = type(engine.chunks[0])(engine.chunks[0].config, settings, engine.chunks[0].module, pg_collection=groups.collection)
+    again = type(engine.chunks[0])(
+        engine.chunks[0].config, settings, engine.chunks[0].module, pg_collection=groups.collection
+    )
     traffic = StepTraffic(config, world_size, 0)
     found = [[bucket.grad_data.numel() for bucket in buffer.buckets] for buffer in again.buffers]
-    return engine.chunks[0].bucket_size, found, [[bucket.numel for bucket in buffer.buckets] for buffer in traffic.buffers]
+    return (
+        engine.chunks[0].bucket_size,
+        found,
+        [[bucket.numel for bucket in buffer.buckets] for buffer in traffic.buffers],
+    )
 
 
 LIMIT = 20_000

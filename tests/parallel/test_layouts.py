@@ -192,6 +192,7 @@ LAYOUTS = [
         context=2,
     ),
     Layout("cp2 x dp2 x pp2 inside the LM", 1, data_parallel_size=2, cuts=("language.1",), context=2),
+    Layout("cp2 x pp2 x 2 stages", 1, cuts=("vision.1", "language.embed", "language.1"), stages_per_rank=2, context=2),
 ]
 
 LAYOUTS_OF_REGRESSION = [
