@@ -211,6 +211,7 @@ LAYOUTS_OF_GLOBAL_SCOPE = [
     Layout("one process, uneven", 2, scope="global", keep_graphs=True),
     Layout("dp2, graphs kept", 2, data_parallel_size=2, scope="global", keep_graphs=True),
     Layout("dp2 x tp2, graphs kept", 1, 2, tensor=2, sequence_parallel=True, scope="global", keep_graphs=True),
+    Layout("cp2 x tp2, graphs kept", 2, tensor=2, sequence_parallel=True, context=2, scope="global", keep_graphs=True),
     Layout("graphs kept, regression", 2, 2, latent_regression=2.0, scope="global", keep_graphs=True),
     Layout("two passes, regression", 2, 2, latent_regression=2.0, scope="global"),
 ]
