@@ -99,7 +99,10 @@ def check_fits(scenario: Scenario, plan: Plan) -> None:
 
 
 def candidates(config: RunConfig) -> Iterator[RunConfig]:
-    """Yield the run in every layout, simple ones first; most do not divide the batch or the model."""
+    """Yield the run in every layout, simple ones first; most do not divide the batch or the model.
+
+    Context parallelism stays as it is configured.
+    """
     for pipeline in PIPELINE_SIZES:
         for tensor in TENSOR_SIZES:
             for split in (False, True) if tensor > 1 else (False,):
@@ -156,8 +159,9 @@ def _what_is_short(scenario: Scenario, plan: Plan) -> str:
     listed = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
     return (
         f"{plan.gpus} x {scenario.device.name}: memory is short: tensor {parallel.tensor_model_parallel_size} x "
-        f"pipeline {parallel.pipeline_model_parallel_size}, micro-batches of {plan.config.training.micro_batch_size} "
-        f"rows, needs {memory.total / GIB:.1f} GiB per GPU ({listed}) and {memory_limit(scenario) / GIB:.1f} GiB are "
-        f"there ({scenario.device.memory_gb:g} GB less {scenario.assumptions.reserve_gib:g} GiB in reserve); try "
-        "--recompute, a smaller --micro-batch-size, more GPUs, or GPUs with more memory"
+        f"pipeline {parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size}, "
+        f"micro-batches of {plan.config.training.micro_batch_size} rows, needs {memory.total / GIB:.1f} GiB per GPU "
+        f"({listed}) and {memory_limit(scenario) / GIB:.1f} GiB are there ({scenario.device.memory_gb:g} GB less "
+        f"{scenario.assumptions.reserve_gib:g} GiB in reserve); try --vision.recompute-granularity selective or full, "
+        "a smaller --micro-batch-size, more GPUs, or GPUs with more memory"
     )

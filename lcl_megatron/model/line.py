@@ -11,7 +11,7 @@ import itertools
 from dataclasses import dataclass
 
 from lcl_megatron.config import ConfigError, LanguageConfig, RunConfig, VisionConfig
-from lcl_megatron.model.drop_path import computed_share
+from lcl_megatron.model.drop_rates import computed_share
 
 VISION_EMBED, POOL, LANGUAGE_EMBED, HEADS = "vision.embed", "pool", "language.embed", "heads"
 
