@@ -95,6 +95,7 @@ class StageActivations:
                 kept += self._vision_layer(portion, layer)
         if stage.has(VISION_EMBED):
             kept += Kept(patches * 3 * vision.patch_size**2 + tokens * width, 2 * tokens)
+            kept += self._others_rows(portion.vision_tokens * width)
         if stage.has(POOL):
             heads = self.config.pool.num_attention_heads
             # Both sides of the final LayerNorm; keys and values behind two more; the query's are of one row.
@@ -114,6 +115,7 @@ class StageActivations:
         if self.stage.has(LANGUAGE_EMBED):
             latents = counts.images * config.vision.num_patches
             kept += Kept(latents * hidden, 0, 2 * portion.positions + latents)
+            kept += self._others_rows(portion.positions * hidden)
         return kept
 
     def heads(self, counts: MicroBatchCounts) -> Kept:
@@ -145,6 +147,10 @@ class StageActivations:
             chunk = min(max(1, counts.targets), config.loss.cross_entropy_chunk_size)
             busy.append(chunk * config.language.padded_vocab_size / self.tp * LOGIT_BYTES)
         return max(busy)
+
+    def _others_rows(self, elements: int) -> Kept:
+        """The first layer's input is a view of the whole sequence, where the sequence is split: no row is freed."""
+        return Kept(elements * (1 - 1 / self.ways))
 
     def _vision_layer(self, portion: Portion, layer: int) -> Kept:
         vision = self.config.vision

@@ -6,6 +6,7 @@ The same arithmetic as ``parallel/zigzag.py`` and ``model/vision.py``, on counts
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from lcl_megatron.config import RunConfig
 from lcl_megatron.costs.counts import MicroBatchCounts
@@ -23,7 +24,7 @@ class Portion:
     cp_rank: int
     """Context-parallel rank."""
 
-    @property
+    @cached_property
     def images(self) -> int:
         """Image slots that this rank encodes: a contiguous part, and another rank's instead of none."""
         slots, size = self.counts.slots, self.config.parallel.context_parallel_size
