@@ -157,11 +157,12 @@ def _what_is_short(scenario: Scenario, plan: Plan) -> str:
         "logits or gradients in the making": memory.working,
     }
     listed = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
+    graphs = "--no-contrastive-keep-graphs, " if plan.config.loss.contrastive_keep_graphs else ""
     return (
         f"{plan.gpus} x {scenario.device.name}: memory is short: tensor {parallel.tensor_model_parallel_size} x "
         f"pipeline {parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size}, "
         f"micro-batches of {plan.config.training.micro_batch_size} rows, needs {memory.total / GIB:.1f} GiB per GPU "
         f"({listed}) and {memory_limit(scenario) / GIB:.1f} GiB are there ({scenario.device.memory_gb:g} GB less "
-        f"{scenario.assumptions.reserve_gib:g} GiB in reserve); try --vision.recompute-granularity selective or full, "
-        "a smaller --micro-batch-size, more GPUs, or GPUs with more memory"
+        f"{scenario.assumptions.reserve_gib:g} GiB in reserve); try {graphs}--vision.recompute-granularity "
+        "selective or full, a smaller --micro-batch-size, more GPUs, or GPUs with more memory"
     )

@@ -17,7 +17,7 @@ from lcl_megatron.data.pages.page import element, svg_image, table, write_page
 
 HEAD = (
     "GPUs", "tp", "cp", "pp", "dp", "rows x number", "GiB", "step s", "images/s", "per GPU", "MFU %", "efficiency %",
-    "waits %", "bubble %", "sent GiB",
+    "waits %", "bubble %", "2nd pass %", "sent GiB",
 )  # fmt: skip
 """Columns of the table; rows of a micro-batch times their number; ``tp`` with ``s`` = the sequence is split too."""
 
@@ -45,6 +45,7 @@ def rows(plans: Sequence[Plan]) -> list[list[str]]:
                 f"{100 * efficiency:.1f}",
                 f"{100 * time.exposed / time.total:.1f}",
                 f"{100 * time.bubble / time.total:.1f}",
+                f"{100 * time.second_forward / time.total:.1f}",
                 f"{plan.estimate.sent_bytes() / GIB:.2f}",
             ]
         )

@@ -24,7 +24,7 @@ from lcl_megatron.costs.devices import DEVICE_NAMES, find_device
 from lcl_megatron.costs.memory import rank_state
 from lcl_megatron.costs.network import Network
 from lcl_megatron.costs.parameters import stage_parameters
-from lcl_megatron.costs.plans import best_plan, configured_plan, efficiencies
+from lcl_megatron.costs.plans import best_plan, check_fits, configured_plan, efficiencies
 from lcl_megatron.costs.published import RUNS, comparison
 from lcl_megatron.costs.step_time import Scenario, estimate_step
 from lcl_megatron.costs.traffic import Ranks, StepTraffic, Transfer
@@ -171,6 +171,9 @@ def test_impossible_runs_say_what_is_short() -> None:
         ConfigError, match=r"H100: memory is short.*GiB per GPU \(parameters, gradients.*--vision.recompute-granularity"
     ):
         best_plan(scenario(paper(), device=small), 8)
+    kept = paper("--contrastive-keep-graphs")
+    with pytest.raises(ConfigError, match="try --no-contrastive-keep-graphs, --vision.recompute"):
+        check_fits(scenario(kept), configured_plan(scenario(kept), 8))
     with pytest.raises(ConfigError, match=r"7 GPUs: no layout can run.*not a multiple of micro_batch_size x data-para"):
         best_plan(scenario(paper()), 7)
     with pytest.raises(ConfigError, match=r"vision.num_attention_heads = 16 cannot be split"):
