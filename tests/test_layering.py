@@ -30,7 +30,7 @@ ALLOWED = {
     "model": {"config"},
 }
 """What a folder may import of the others. Folders not named are free, as long as no cycle arises."""
-PLANNER, PLANNER_MAY_IMPORT = "costs", ("config", "data.pages", "model.line", "training.flops")
+PLANNER, PLANNER_MAY_IMPORT = "costs", ("config", "data.pages", "model.line", "model.drop_rates", "training.flops")
 """The planner derives a run from its configuration alone: it works without torch, and no run depends on it."""
 ONLY_PARALLEL = ("torch.distributed", "megatron.core.parallel_state")
 HOMELESS = {"utils", "util", "common", "helpers", "misc"}

@@ -6,7 +6,7 @@ A bucket is what one collective reduces or gathers. The rule, from ``ParamAndGra
 - a bucket is closed once it holds ``max(40 million, 1 million x data-parallel ranks)`` elements; on stages behind the
   first, and without overlapped reduction, never;
 - with the distributed optimizer every parameter begins at a multiple of 64 elements, every bucket ends at a multiple of
-  ``lcm(ranks, 128)``, and a shared embedding has a bucket of its own.
+  ``lcm(ranks, 128)``, ranks being data- times context-parallel ones, and a shared embedding has a bucket of its own.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Bucket:
     parameters: tuple[tuple[int, int], ...]
     """Begin and end of each parameter, counted from the bucket's begin."""
 
-    def owned(self, dp_rank: int, dp_size: int) -> int:
+    def owned(self, rank: int, replicas: int) -> int:
         """Return how many elements of parameters lie in a rank's equal share of the bucket."""
-        share = self.numel // dp_size
-        begin, end = dp_rank * share, (dp_rank + 1) * share
+        share = self.numel // replicas
+        begin, end = rank * share, (rank + 1) * share
         return sum(max(0, min(end, last) - max(begin, first)) for first, last in self.parameters)
 
 
@@ -65,7 +65,7 @@ class Buffer:
 
 
 def lay_out(
-    parameters: Sequence[Parameter], parallel: ParallelConfig, element_bytes: int, dp_size: int, is_first_stage: bool
+    parameters: Sequence[Parameter], parallel: ParallelConfig, element_bytes: int, replicas: int, is_first_stage: bool
 ) -> tuple[Buffer, ...]:
     """Return a stage's buffers.
 
@@ -73,22 +73,22 @@ def lay_out(
         parameters: of the stage on one rank, in the order of ``named_parameters``.
         parallel: says whether the optimizer is distributed and the reduction overlapped.
         element_bytes: bytes of a parameter that is not kept in float32.
-        dp_size: data-parallel ranks.
+        replicas: data- times context-parallel ranks, which all hold the same parameters.
         is_first_stage: whether the stage is the pipeline's first.
     """
     by_bytes: dict[int, list[Parameter]] = {}
     for parameter in parameters:
         by_bytes.setdefault(FLOAT32_BYTES if parameter.is_float32 else element_bytes, []).append(parameter)
-    limit = max(SMALLEST_BUCKET, BUCKET_PER_RANK * dp_size)
+    limit = max(SMALLEST_BUCKET, BUCKET_PER_RANK * (replicas // parallel.context_parallel_size))
     largest = limit if is_first_stage and parallel.overlap_grad_reduce else None
     is_sharded = parallel.use_distributed_optimizer
-    return tuple(Buffer(size, _buckets(group, largest, is_sharded, dp_size)) for size, group in by_bytes.items())
+    return tuple(Buffer(size, _buckets(group, largest, is_sharded, replicas)) for size, group in by_bytes.items())
 
 
 def _buckets(
-    parameters: Sequence[Parameter], largest: int | None, is_sharded: bool, dp_size: int
+    parameters: Sequence[Parameter], largest: int | None, is_sharded: bool, replicas: int
 ) -> tuple[Bucket, ...]:
-    multiple = math.lcm(dp_size, BUCKET_ALIGNMENT) if is_sharded else 1
+    multiple = math.lcm(replicas, BUCKET_ALIGNMENT) if is_sharded else 1
     alignment = PARAMETER_ALIGNMENT if is_sharded else 1
     buckets: list[Bucket] = []
     held: list[tuple[int, int]] = []

@@ -11,7 +11,7 @@ from typing import Literal
 from lcl_megatron.config import RunConfig
 from lcl_megatron.config.errors import require
 from lcl_megatron.costs.assumptions import Assumptions
-from lcl_megatron.costs.counts import RowMeans, Scope
+from lcl_megatron.costs.counts import RowMeans
 from lcl_megatron.costs.devices import Device, find_device
 from lcl_megatron.costs.plans import Plan, best_plan, check_fits, configured_plan
 from lcl_megatron.costs.report import as_json, text, write
@@ -62,12 +62,9 @@ class PlanFlags:
     """Share of a row's positions that hold documents, while no --data-path is given."""
     documents_per_row: float = 2.0
     """Documents of a row, while no --data-path is given."""
-    scope: Literal["as_configured", "micro_batch", "global"] = "as_configured"
-    """Which images are contrasted with each other: --contrastive-scope, or one of the two regardless of it."""
-    recompute: bool = False
-    """Plan with layers that are computed again in the backward pass."""
     layout: Literal["best", "configured"] = "best"
-    """``best`` = the fastest layout and micro-batch that fit; ``configured`` = those of the configuration."""
+    """``best`` = the fastest layout and micro-batch that fit, with the configured context parallelism; ``configured`` =
+    those of the configuration."""
     assumptions: Assumptions = field(default_factory=Assumptions)
     """How far machines stay behind their data sheets."""
     output: Path | None = None
@@ -93,9 +90,8 @@ def plan_run(flags: PlanFlags, config: RunConfig, means: RowMeans | None = None)
         config = dataclasses.replace(config, language=language)
     if means is None:
         means = RowMeans.of_numbers(config, flags.images_per_row, flags.fill, flags.documents_per_row)
-    scope: Scope = config.loss.contrastive_scope if flags.scope == "as_configured" else flags.scope
     device = flags.device_values.applied_to(find_device(flags.device))
-    scenario = Scenario(config, means, device, flags.assumptions, scope, flags.recompute)
+    scenario = Scenario(config, means, device, flags.assumptions)
     plans = [_plan(scenario, gpus, flags.layout) for gpus in flags.gpus]
     if flags.output is not None:
         write(scenario, plans, flags.output)

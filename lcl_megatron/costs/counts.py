@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from lcl_megatron.config import RunConfig
+import numpy as np
+
+from lcl_megatron.config import LossConfig, RunConfig
 from lcl_megatron.config.errors import require
 
 if TYPE_CHECKING:
     from lcl_megatron.data.batch import PackedBatch, StepLayout
     from lcl_megatron.data.planning.mixture import RowSequence
 
-Scope = Literal["micro_batch", "global"]
-"""Which images are contrasted with each other."""
 SAMPLED_ROWS = 8192
 """Rows of a corpus whose means stand for all of it."""
 
@@ -80,18 +80,20 @@ class RowMeans:
 
 @dataclass(frozen=True)
 class MicroBatchCounts:
-    """One micro-batch on one data-parallel rank."""
+    """One micro-batch on one rank."""
 
     images: int
-    """Real images of this rank."""
+    """Real images of this data-parallel rank."""
     targets: int
-    """Text targets of this rank."""
+    """Text targets of this rank: under context parallelism those at its positions."""
     most_images: int
     """Real images of the data-parallel rank that has the most."""
+    fetched_keys: int = 0
+    """Under context parallelism, the keys that this rank's queries attend to, summed over its runs of queries."""
 
     @property
     def slots(self) -> int:
-        """Image slots of this rank; a micro-batch without images has a blank one."""
+        """Image slots of this data-parallel rank; a micro-batch without images has a blank one."""
         return max(1, self.images)
 
     @property
@@ -102,36 +104,67 @@ class MicroBatchCounts:
 
 @dataclass(frozen=True)
 class StepCounts:
-    """One optimizer step on one data-parallel rank."""
+    """One optimizer step on one rank."""
 
     micro_batches: tuple[MicroBatchCounts, ...]
     """This rank's micro-batches."""
     all_images: int
     """Images of the global batch."""
+    most_slots: int
+    """Image slots, in all micro-batches, of the data-parallel rank that has the most."""
 
-    def contrasted_slots(self, scope: Scope) -> list[int]:
-        """Return the slots of each contrast that every data-parallel rank contributes to it.
+    def contrasts_all(self, loss: LossConfig) -> bool:
+        """Return whether several micro-batches are contrasted at once (see ``training/objective.py``)."""
+        is_global = loss.contrastive_scope == "global" and loss.contrastive_loss_weight > 0
+        return is_global and len(self.micro_batches) > 1
 
-        Of a whole step, a rank's slots are added up first: ranks have about equally many.
-        """
-        slots = [micro_batch.gathered_slots for micro_batch in self.micro_batches]
-        return [sum(slots)] if scope == "global" else slots
+    def passes_twice(self, loss: LossConfig) -> bool:
+        """Return whether a forward pass for features goes before the others."""
+        return self.contrasts_all(loss) and not loss.contrastive_keep_graphs
+
+    def contrasted_slots(self, loss: LossConfig) -> list[int]:
+        """Return the slots of each contrast that every data-parallel rank contributes to it."""
+        if self.contrasts_all(loss):
+            return [self.most_slots]
+        return [micro_batch.gathered_slots for micro_batch in self.micro_batches]
 
     @classmethod
     def of_means(cls, config: RunConfig, means: RowMeans, dp_size: int) -> StepCounts:
         """Return a step whose micro-batches all hold the mean, images rounded up."""
-        training = config.training
-        images = math.ceil(means.images * training.micro_batch_size)
-        targets = round(means.targets * training.micro_batch_size)
-        number = training.global_batch_size // (training.micro_batch_size * dp_size)
-        micro_batch = MicroBatchCounts(images, targets, images)
-        return cls((micro_batch,) * number, round(means.images * training.global_batch_size))
+        training, cp = config.training, config.parallel.context_parallel_size
+        rows = training.micro_batch_size
+        images = math.ceil(means.images * rows)
+        number = training.global_batch_size // (rows * dp_size)
+        keys = math.ceil(rows * _fetched_keys(config, means)) if cp > 1 else 0
+        micro_batch = MicroBatchCounts(images, round(means.targets * rows / cp), images, keys)
+        all_images = round(means.images * training.global_batch_size)
+        return cls((micro_batch,) * number, all_images, micro_batch.slots * number)
 
     @classmethod
     def of_batch(cls, micro_batches: tuple[PackedBatch, ...], layout: StepLayout) -> StepCounts:
-        """Return the counts of what a rank has read."""
+        """Return the counts of what a rank has read.
+
+        Args:
+            micro_batches: what the rank computes of them, see ``model/row_edge.py``.
+            layout: counts of the step on all ranks.
+        """
         counts = tuple(
-            MicroBatchCounts(batch.num_images, len(batch.label_positions), int(most))
+            MicroBatchCounts(
+                images=batch.num_images,
+                targets=len(batch.label_positions),
+                most_images=int(most),
+                fetched_keys=0 if batch.runs is None else len(batch.runs.key_rows),
+            )
             for batch, most in zip(micro_batches, layout.num_images.max(axis=1), strict=True)
         )
-        return cls(counts, int(layout.num_images.sum()))
+        slots = np.maximum(layout.num_images, 1).sum(axis=0)
+        return cls(counts, int(layout.num_images.sum()), int(slots.max()))
+
+
+def _fetched_keys(config: RunConfig, means: RowMeans) -> float:
+    """Return the keys of a row that a context-parallel rank's queries attend to, on average.
+
+    Each of its two chunks, and what stands before the chunk in the document that crosses its begin: half of a document.
+    """
+    length, cp = config.data.seq_length, config.parallel.context_parallel_size
+    return length / cp + means.squared_lengths / means.tokens * (1 - 1 / (2 * cp))

@@ -34,19 +34,19 @@ class RankState:
         return self.parameters + self.gradients + self.optimizer
 
 
-def rank_state(traffic: StepTraffic, dp_rank: int = 0) -> RankState:
+def rank_state(traffic: StepTraffic, replica: int = 0) -> RankState:
     """Return what the ranks of a stage keep.
 
     Args:
         traffic: the stage with its buffers.
-        dp_rank: data-parallel rank: shares of the optimizer's state differ by padding.
+        replica: rank among those that hold the same parameters: shares of the optimizer's state differ by padding.
     """
     is_sharded = traffic.config.parallel.use_distributed_optimizer
     parameters = optimizer = 0
     for buffer in traffic.buffers:
         per_element = FLOAT32_BYTES * (MOMENTS + (buffer.element_bytes != FLOAT32_BYTES))
         if is_sharded:
-            owned = sum(bucket.owned(dp_rank, traffic.ranks.dp) for bucket in buffer.buckets)
+            owned = sum(bucket.owned(replica, traffic.ranks.replicas) for bucket in buffer.buckets)
             parameters += buffer.numel * buffer.element_bytes
         else:
             owned = buffer.num_elements
@@ -88,30 +88,36 @@ class RankMemory:
         return self.state.total + self.activations + self.features + self.working
 
 
-def rank_memory(traffic: StepTraffic, stage_index: int, counts: StepCounts, recompute: bool = False) -> RankMemory:
+def rank_memory(traffic: StepTraffic, stage_index: int, counts: StepCounts) -> RankMemory:
     """Return what a rank of a pipeline stage needs.
 
     Args:
-        traffic: the stage, its buffers and scope.
+        traffic: the stage and its buffers.
         stage_index: its place in the pipeline; stages in front hold more micro-batches.
         counts: what a step's micro-batches hold.
-        recompute: layers keep only their inputs.
     """
-    number = len(counts.micro_batches)
+    config, number = traffic.config, len(counts.micro_batches)
     largest = max(counts.micro_batches, key=lambda micro_batch: (micro_batch.images, micro_batch.targets))
-    activations = StageActivations(traffic.config, traffic.stage, recompute)
+    activations = StageActivations(config, traffic.stage, traffic.cp_rank)
     kept = activations.micro_batch(largest)
-    features = 0.0
-    if traffic.stage.is_last:
-        slots = counts.contrasted_slots(traffic.scope)
-        tile = min(max(slots) * traffic.ranks.dp, traffic.config.loss.contrastive_tile_size)
-        width = traffic.config.language.hidden_size
-        features = FLOAT32_BYTES * (sum(slots) * traffic.ranks.dp * 2 * width + TILE_COPIES * max(slots) * tile)
+    keeps_all = counts.contrasts_all(config.loss) and config.loss.contrastive_keep_graphs
     return RankMemory(
         state=rank_state(traffic),
         vision_per_micro_batch=kept["vision"],
         language_per_micro_batch=kept["language"] + kept["heads"],
-        in_flight=min(traffic.ranks.pp - stage_index, number),
-        features=features,
+        in_flight=number if keeps_all else min(traffic.ranks.pp - stage_index, number),
+        features=_features(traffic, counts) if traffic.stage.is_last else 0.0,
         working=activations.working_bytes(largest),
     )
+
+
+def _features(traffic: StepTraffic, counts: StepCounts) -> float:
+    """Return the bytes of features on the last stage: all ranks', a tile of similarities, and of two passes its own."""
+    config = traffic.config
+    slots = counts.contrasted_slots(config.loss)
+    tile = min(max(slots) * traffic.ranks.dp, config.loss.contrastive_tile_size)
+    width = 2 * config.language.hidden_size
+    size = FLOAT32_BYTES * (sum(slots) * traffic.ranks.dp * width + TILE_COPIES * max(slots) * tile)
+    # Features of the first pass, and the gradients that the second one is given.
+    own = 2 * counts.most_slots * width * traffic.element_bytes
+    return float(size + (own if counts.passes_twice(config.loss) else 0))

@@ -33,7 +33,7 @@ class Network:
     assumptions: Assumptions
     """How far links stay behind their data sheets."""
     ranks: Ranks
-    """Sizes of the groups; ranks are numbered tp fastest, then dp, then pp."""
+    """Sizes of the groups; ranks are numbered tp fastest, then cp, then dp, then pp."""
 
     def seconds(self, transfer: Transfer) -> float:
         """Return the time of all calls of a transfer, one after the other."""
@@ -84,7 +84,8 @@ class Network:
     def _members_per_node(self, group: Group) -> int:
         """Return how many ranks of one group a machine holds."""
         per_node, ranks = self.device.gpus_per_node, self.ranks
-        stride = {"tp": 1, "dp": ranks.tp, "all": 1}.get(group, ranks.tp * ranks.dp)
+        strides = {"tp": 1, "cp": ranks.tp, "dp_cp": ranks.tp, "dp": ranks.tp * ranks.cp, "all": 1}
+        stride = strides.get(group, ranks.tp * ranks.replicas)
         if group == "model":
-            return per_node if ranks.tp * ranks.dp * ranks.pp <= per_node else max(1, min(ranks.tp, per_node))
+            return per_node if ranks.tp * ranks.replicas * ranks.pp <= per_node else max(1, min(ranks.tp, per_node))
         return max(1, per_node // stride)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from lcl_megatron.config import LanguageConfig, RunConfig, VisionConfig
 from lcl_megatron.model.line import HEADS, LANGUAGE_EMBED, POOL, VISION_EMBED, Stage
@@ -30,7 +31,7 @@ class Parameter:
     shared_embedding: bool = False
     """One of two copies of the tied matrix on different stages: it has a bucket of its own."""
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Elements on one rank."""
         return math.prod(self.shape)

@@ -56,6 +56,7 @@ def best_plan(scenario: Scenario, gpus: int) -> Plan:
     Raises:
         ConfigError: no layout divides the model and the batch, or none fits; the message says what is short.
     """
+    _require_modelled(scenario.config)
     plans, reasons = [], []
     for config in candidates(scenario.config):
         try:
@@ -79,6 +80,7 @@ def configured_plan(scenario: Scenario, gpus: int) -> Plan:
         ConfigError: it cannot run.
     """
     config = scenario.config
+    _require_modelled(config)
     validate(config, gpus)
     estimate = estimate_step(scenario, gpus)
     seconds = estimate.time.total
@@ -99,7 +101,10 @@ def check_fits(scenario: Scenario, plan: Plan) -> None:
 
 
 def candidates(config: RunConfig) -> Iterator[RunConfig]:
-    """Yield the run in every layout, simple ones first; most do not divide the batch or the model."""
+    """Yield the run in every layout, simple ones first; most do not divide the batch or the model.
+
+    Context parallelism stays as it is configured.
+    """
     for pipeline in PIPELINE_SIZES:
         for tensor in TENSOR_SIZES:
             for split in (False, True) if tensor > 1 else (False,):
@@ -136,6 +141,16 @@ def efficiencies(plans: Sequence[Plan]) -> list[float]:
     return [plan.images_per_s_per_gpu / plans[0].images_per_s_per_gpu for plan in plans]
 
 
+def _require_modelled(config: RunConfig) -> None:
+    """Raise ConfigError for what the model would predict wrongly."""
+    stages = config.parallel.virtual_pipeline_model_parallel_size
+    if stages > 1:
+        raise ConfigError(
+            f"parallel.virtual_pipeline_model_parallel_size = {stages}: interleaved stages are not in the model; plan "
+            "with 1, of which traffic between stages is less and the bubble greater than in the run"
+        )
+
+
 def _micro_batch_sizes(global_batch_size: int) -> list[int]:
     largest = min(LARGEST_MICRO_BATCH, global_batch_size)
     return [size for size in range(1, largest + 1) if global_batch_size % size == 0]
@@ -154,10 +169,12 @@ def _what_is_short(scenario: Scenario, plan: Plan) -> str:
         "logits or gradients in the making": memory.working,
     }
     listed = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
+    graphs = "--no-contrastive-keep-graphs, " if plan.config.loss.contrastive_keep_graphs else ""
     return (
         f"{plan.gpus} x {scenario.device.name}: memory is short: tensor {parallel.tensor_model_parallel_size} x "
-        f"pipeline {parallel.pipeline_model_parallel_size}, micro-batches of {plan.config.training.micro_batch_size} "
-        f"rows, needs {memory.total / GIB:.1f} GiB per GPU ({listed}) and {memory_limit(scenario) / GIB:.1f} GiB are "
-        f"there ({scenario.device.memory_gb:g} GB less {scenario.assumptions.reserve_gib:g} GiB in reserve); try "
-        "--recompute, a smaller --micro-batch-size, more GPUs, or GPUs with more memory"
+        f"pipeline {parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size}, "
+        f"micro-batches of {plan.config.training.micro_batch_size} rows, needs {memory.total / GIB:.1f} GiB per GPU "
+        f"({listed}) and {memory_limit(scenario) / GIB:.1f} GiB are there ({scenario.device.memory_gb:g} GB less "
+        f"{scenario.assumptions.reserve_gib:g} GiB in reserve); try {graphs}--vision.recompute-granularity "
+        "selective or full, a smaller --micro-batch-size, more GPUs, or GPUs with more memory"
     )

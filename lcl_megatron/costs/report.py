@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lcl_megatron.config import LanguageConfig, VisionConfig
 from lcl_megatron.config.errors import require
 from lcl_megatron.costs.plans import GIB, Plan, efficiencies
 from lcl_megatron.costs.step_time import Scenario
@@ -15,8 +16,8 @@ from lcl_megatron.data.pages.drawing import PALETTE, figure, picture
 from lcl_megatron.data.pages.page import element, svg_image, table, write_page
 
 HEAD = (
-    "GPUs", "tp", "pp", "dp", "rows x number", "GiB", "step s", "images/s", "per GPU", "MFU %", "efficiency %",
-    "waits %", "bubble %", "sent GiB",
+    "GPUs", "tp", "cp", "pp", "dp", "rows x number", "GiB", "step s", "images/s", "per GPU", "MFU %", "efficiency %",
+    "waits %", "bubble %", "2nd pass %", "sent GiB",
 )  # fmt: skip
 """Columns of the table; rows of a micro-batch times their number; ``tp`` with ``s`` = the sequence is split too."""
 
@@ -32,6 +33,7 @@ def rows(plans: Sequence[Plan]) -> list[list[str]]:
             [
                 f"{plan.gpus:,}",
                 f"{ranks.tp}{split}",
+                str(ranks.cp),
                 str(ranks.pp),
                 str(ranks.dp),
                 micro_batches,
@@ -43,6 +45,7 @@ def rows(plans: Sequence[Plan]) -> list[list[str]]:
                 f"{100 * efficiency:.1f}",
                 f"{100 * time.exposed / time.total:.1f}",
                 f"{100 * time.bubble / time.total:.1f}",
+                f"{100 * time.second_forward / time.total:.1f}",
                 f"{plan.estimate.sent_bytes() / GIB:.2f}",
             ]
         )
@@ -64,14 +67,17 @@ def as_json(scenario: Scenario, plans: Sequence[Plan]) -> dict[str, Any]:
         "device": dataclasses.asdict(scenario.device),
         "assumptions": dataclasses.asdict(scenario.assumptions),
         "row_means": dataclasses.asdict(scenario.means),
-        "contrastive_scope": scenario.scope,
-        "recompute": scenario.recompute,
+        "contrastive_scope": scenario.config.loss.contrastive_scope,
+        "contrastive_keep_graphs": scenario.config.loss.contrastive_keep_graphs,
+        "vision_recompute_granularity": scenario.config.vision.recompute_granularity,
+        "language_recompute_granularity": scenario.config.language.recompute_granularity,
         "global_batch_size": scenario.config.training.global_batch_size,
         "plans": [
             {
                 "gpus": plan.gpus,
                 "tensor_model_parallel_size": plan.estimate.ranks.tp,
                 "sequence_parallel": plan.config.parallel.sequence_parallel,
+                "context_parallel_size": plan.estimate.ranks.cp,
                 "pipeline_model_parallel_size": plan.estimate.ranks.pp,
                 "data_parallel_size": plan.estimate.ranks.dp,
                 "micro_batch_size": plan.config.training.micro_batch_size,
@@ -118,16 +124,24 @@ def write(scenario: Scenario, plans: Sequence[Plan], output: Path) -> None:
 
 
 def _inputs(scenario: Scenario) -> list[str]:
-    means, device = scenario.means, scenario.device
+    means, device, config, loss = scenario.means, scenario.device, scenario.config, scenario.config.loss
     return [
-        f"global batch {scenario.config.training.global_batch_size:,} rows of {scenario.config.data.seq_length:,} "
-        f"positions, {means.images * scenario.config.training.global_batch_size:,.0f} images",
+        f"global batch {config.training.global_batch_size:,} rows of {config.data.seq_length:,} "
+        f"positions, {means.images * config.training.global_batch_size:,.0f} images",
         f"a row: {means.images:.2f} images, {means.tokens:.0f} tokens, {means.targets:.0f} targets, documents of "
         f"{means.squared_lengths / means.tokens:.0f} tokens (weighted by length)",
-        f"contrastive scope {scenario.scope}, recomputation of layers {'on' if scenario.recompute else 'off'}",
+        f"contrastive scope {loss.contrastive_scope}{' with graphs kept' if loss.contrastive_keep_graphs else ''}, "
+        f"recomputation: vision {_recomputation(config.vision)}, language {_recomputation(config.language)}; "
+        f"drop-path {config.vision.drop_path_rate:g}, {config.vision.drop_path_mode}",
         "device: " + ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(device).items()),
         "assumed: " + ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(scenario.assumptions).items()),
     ]
+
+
+def _recomputation(tower: VisionConfig | LanguageConfig) -> str:
+    if tower.recompute_granularity == "full" and tower.recompute_num_layers:
+        return f"full of {tower.recompute_num_layers} layers per stage"
+    return tower.recompute_granularity
 
 
 def _columns(cells: Sequence[Sequence[str]]) -> list[str]:

@@ -1,15 +1,17 @@
 """How long a training step takes: stages, pipeline, what communication is seen, what hides behind computation.
 
-One micro-batch on stage i takes F_i forward and B_i backward, with the tensor-parallel collectives, the transfers
-between stages and, on the last stage, the contrast, all of which are waited for. With m micro-batches the pipeline
+One micro-batch on stage i takes F_i forward and B_i backward, recomputation included, with the tensor- and
+context-parallel collectives, the transfers between stages and, on the last stage, the contrast, all of which are waited
+for. With m micro-batches the pipeline
 takes
 
     sum_i (F_i + B_i) + (m - 1) max_i (F_i + B_i)
 
 ``global`` scope with m > 1 begins with the forward pass of all micro-batches: the same sum over forward times, without
-token losses. Gradients are reduced behind the last micro-batch's backward pass, bucket by bucket: of n buckets the last
-one never hides, and later stages have the time in which earlier ones still work. Updated parameters are gathered behind
-the next forward pass if ``overlap_param_gather`` is on. Data are assumed to be there, and ranks to have equal work.
+token losses (not where graphs are kept). Gradients are reduced behind the last micro-batch's backward pass, bucket by
+bucket: of n buckets the last one never hides, and later stages have the time in which earlier ones still work. Updated
+parameters are gathered behind the next forward pass if ``overlap_param_gather`` is on. Data are assumed to be there,
+and ranks to have equal work.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from dataclasses import dataclass
 from lcl_megatron.config import RunConfig
 from lcl_megatron.costs.assumptions import Assumptions
 from lcl_megatron.costs.buffers import FLOAT32_BYTES, GRADIENT_BYTES
-from lcl_megatron.costs.counts import MicroBatchCounts, RowMeans, Scope, StepCounts
+from lcl_megatron.costs.counts import MicroBatchCounts, RowMeans, StepCounts
 from lcl_megatron.costs.devices import Device
 from lcl_megatron.costs.memory import RankMemory, rank_memory
 from lcl_megatron.costs.network import Network
@@ -48,10 +50,6 @@ class Scenario:
     """GPU."""
     assumptions: Assumptions
     """Rates."""
-    scope: Scope = "micro_batch"
-    """Which images are contrasted with each other."""
-    recompute: bool = False
-    """Compute whole layers again in the backward pass, and keep only their inputs."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ class StepTime:
     second_forward: float
     """Forward pass for features, of ``global`` scope."""
     model_communication: float
-    """Tensor-parallel collectives and transfers between stages of the busiest stage."""
+    """Tensor- and context-parallel collectives and transfers between stages of the busiest stage."""
     contrast: float
     """Gathers of features and the similarity matrix."""
     gradients: float
@@ -135,13 +133,13 @@ def estimate_step(scenario: Scenario, world_size: int) -> StepEstimate:
     config = scenario.config
     ranks = Ranks.of(config, world_size)
     counts = StepCounts.of_means(config, scenario.means, ranks.dp)
-    stages = [StepTraffic(config, world_size, index, scenario.scope) for index in range(ranks.pp)]
+    stages = [StepTraffic(config, world_size, index) for index in range(ranks.pp)]
     clock = _Clock(scenario, ranks, counts)
     return StepEstimate(
         ranks=ranks,
         counts=counts,
         time=clock.step(stages),
-        memory=tuple(rank_memory(t, index, counts, scenario.recompute) for index, t in enumerate(stages)),
+        memory=tuple(rank_memory(t, index, counts) for index, t in enumerate(stages)),
         traffic=tuple(traffic.step(counts) for traffic in stages),
     )
 
@@ -154,7 +152,7 @@ class _Clock:
         self.device, self.assumed = scenario.device, scenario.assumptions
         self.network = Network(self.device, self.assumed, ranks)
         self.number = len(counts.micro_batches)
-        self.passes_twice = scenario.scope == "global" and self.number > 1
+        self.passes_twice = counts.passes_twice(scenario.config.loss)
 
     def step(self, stages: Sequence[StepTraffic]) -> StepTime:
         micro_batch = self.counts.micro_batches[0]
@@ -185,12 +183,9 @@ class _Clock:
         work = stage_work(scenario.config, traffic.stage, counts, scenario.means, self.assumed)
         forward = (work.layers + work.token_losses).seconds(self.device, self.assumed)
         backward = (work.layers + work.token_losses).times(2).seconds(self.device, self.assumed)
-        if scenario.recompute:
-            backward += work.layers.seconds(self.device, self.assumed)
+        backward += work.recomputed.seconds(self.device, self.assumed)
         moved = traffic.micro_batch(counts)
         ahead, back = self._seconds(moved, lambda t: not t.backward), self._seconds(moved, lambda t: t.backward)
-        if scenario.recompute:
-            back += self._seconds(moved, lambda t: not t.backward and t.group == "tp")
         # A gradient is written by the product, read, and added to the buffer, which is read and written.
         numel = sum(parameter.numel for parameter in traffic.parameters)
         backward += self._moving(numel * (2 * traffic.element_bytes + ACCUMULATED_BYTES))
@@ -200,7 +195,7 @@ class _Clock:
 
     def _contrast(self, last: StepTraffic) -> float:
         """Gathers and products of the contrastive loss, of all micro-batches."""
-        own = self.counts.contrasted_slots(self.scenario.scope)
+        own = self.counts.contrasted_slots(self.scenario.config.loss)
         width = self.scenario.config.language.hidden_size
         flops = sum(CONTRAST_FLOPS * slots * slots * self.ranks.dp * width for slots in own)
         # Beside each product, tiles of scores pass through memory about four times.
@@ -214,8 +209,8 @@ class _Clock:
         gradients = parameters = slack = 0.0
         for traffic, time in zip(stages, times, strict=True):
             once = traffic.once(self.counts)
-            reduced = self._seconds(once, lambda t: t.purpose == "gradients" and t.group == "dp")
-            others = self._seconds(once, lambda t: t.purpose == "gradients" and t.group != "dp")
+            reduced = self._seconds(once, lambda t: t.purpose == "gradients" and t.group == "dp_cp")
+            others = self._seconds(once, lambda t: t.purpose == "gradients" and t.group != "dp_cp")
             gathered = self._seconds(once, lambda t: t.purpose == "parameters")
             buckets = [bucket.numel for buffer in traffic.buffers for bucket in buffer.buckets]
             early = 1 - buckets[-1] / sum(buckets) if len(buckets) > 1 else 0.0
@@ -233,7 +228,7 @@ class _Clock:
         is_sharded = self.scenario.config.parallel.use_distributed_optimizer
         moved = 0.0
         for buffer in traffic.buffers:
-            owned = buffer.numel / (self.ranks.dp if is_sharded else 1)
+            owned = buffer.numel / (self.ranks.replicas if is_sharded else 1)
             moved += owned * (UPDATED_BYTES + buffer.element_bytes) + buffer.numel * GRADIENT_BYTES
         return self._moving(moved) + self.assumed.fixed_ms * 1e-3
 

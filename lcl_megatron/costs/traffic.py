@@ -1,8 +1,9 @@
 """Every collective and every transfer of one training step, as one rank takes part in it.
 
 The rules follow the code that communicates, line by line: ``model/`` and megatron-core's tensor-parallel layers (tp),
-``parallel/pipeline.py`` (pp), ``parallel/contrastive.py`` (dp), megatron-core's DDP and optimizer (dp, all), and
-``parallel/agreement.py`` (host). A test counts what really happens on several ranks, and allows no difference.
+``parallel/context.py`` (cp), ``parallel/pipeline.py`` (pp), ``parallel/contrastive.py`` (dp), megatron-core's DDP and
+optimizer (dp_cp, all), and ``parallel/agreement.py`` (host); ``training/objective.py`` says how often. A test counts
+what really happens on several ranks, and allows no difference.
 
 A group of one rank moves nothing. The size of a call is that of the whole tensor that its group shares: what is
 reduced, what is gathered, what is scattered, what is sent.
@@ -18,16 +19,20 @@ from typing import Literal
 
 from lcl_megatron.config import RunConfig
 from lcl_megatron.costs.buffers import FLOAT32_BYTES, GRADIENT_BYTES, Buffer, lay_out
-from lcl_megatron.costs.counts import MicroBatchCounts, Scope, StepCounts
+from lcl_megatron.costs.counts import MicroBatchCounts, StepCounts
 from lcl_megatron.costs.parameters import stage_parameters
+from lcl_megatron.costs.portions import Portion, recomputed_layers
 from lcl_megatron.model.line import HEADS, LANGUAGE_EMBED, POOL, VISION_EMBED, Stage, cut_line
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
-Group = Literal["tp", "dp", "pp", "embedding", "model", "all", "host"]
-"""``model`` = the ranks of one copy of the model; ``all`` = all ranks; ``host`` = all ranks, between processors."""
-Purpose = Literal["activations", "features", "gradients", "parameters", "boundary", "norm", "agreement"]
+Group = Literal["tp", "cp", "dp", "dp_cp", "pp", "embedding", "model", "all", "host"]
+"""``dp_cp`` = the ranks that hold the same parameters; ``model`` = those of one copy of the model; ``all`` = all ranks;
+``host`` = all ranks, between processors."""
+Purpose = Literal["activations", "features", "gradients", "parameters", "boundary", "norm", "agreement", "report"]
 ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
 """Bytes of a parameter and of an activation."""
+HASH_BYTES = 8
+"""Bytes of the hash of an image, and of that of a context."""
 
 
 @dataclass(frozen=True)
@@ -67,18 +72,36 @@ class Ranks:
     tp: int
     pp: int
     dp: int
+    cp: int = 1
 
     @classmethod
     def of(cls, config: RunConfig, world_size: int) -> Ranks:
         """Return the groups of a run on ``world_size`` processes."""
-        tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
-        return cls(tp, pp, world_size // (tp * pp))
+        parallel = config.parallel
+        tp, pp, cp = (
+            parallel.tensor_model_parallel_size,
+            parallel.pipeline_model_parallel_size,
+            parallel.context_parallel_size,
+        )
+        return cls(tp, pp, world_size // (tp * pp * cp), cp)
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same parameters."""
+        return self.dp * self.cp
 
     def size(self, group: Group) -> int:
         """Return the number of ranks of a group."""
-        world = self.tp * self.pp * self.dp
-        sizes = {"tp": self.tp, "dp": self.dp, "pp": self.pp, "embedding": 2, "model": self.tp * self.pp}
-        return sizes.get(group, world)
+        sizes = {
+            "tp": self.tp,
+            "cp": self.cp,
+            "dp": self.dp,
+            "dp_cp": self.replicas,
+            "pp": self.pp,
+            "embedding": 2,
+            "model": self.tp * self.pp,
+        }
+        return sizes.get(group, self.tp * self.pp * self.replicas)
 
 
 class StepTraffic:
@@ -88,25 +111,25 @@ class StepTraffic:
         config: the run, vocabulary size known.
         world_size: number of processes.
         stage_index: pipeline stage.
-        scope: which images are contrasted with each other.
+        cp_rank: context-parallel rank; None = the last one, which never encodes fewer images than another.
     """
 
-    def __init__(self, config: RunConfig, world_size: int, stage_index: int, scope: Scope = "micro_batch") -> None:
+    def __init__(self, config: RunConfig, world_size: int, stage_index: int, cp_rank: int | None = None) -> None:
         self.config = config
-        self.scope = scope
         self.ranks = Ranks.of(config, world_size)
+        self.cp_rank = self.ranks.cp - 1 if cp_rank is None else cp_rank
         self.stages = cut_line(config)
         self.stage: Stage = self.stages[stage_index]
         self.element_bytes = ELEMENT_BYTES[config.training.precision]
         self.parameters = stage_parameters(config, self.stage)
         self.buffers: tuple[Buffer, ...] = lay_out(
-            self.parameters, config.parallel, self.element_bytes, self.ranks.dp, self.stage.is_first
+            self.parameters, config.parallel, self.element_bytes, self.ranks.replicas, self.stage.is_first
         )
 
     def step(self, counts: StepCounts) -> tuple[Transfer, ...]:
         """Return all transfers of one step, those of groups of one rank left out."""
         found: list[Transfer] = []
-        passes_twice = self.scope == "global" and len(counts.micro_batches) > 1
+        passes_twice = counts.passes_twice(self.config.loss)
         for micro_batch, number in Counter(counts.micro_batches).items():
             once = [*self.micro_batch(micro_batch), *(self.features_pass(micro_batch) if passes_twice else ())]
             found += [dataclasses.replace(transfer, calls=number * transfer.calls) for transfer in once]
@@ -116,23 +139,24 @@ class StepTraffic:
 
     def micro_batch(self, counts: MicroBatchCounts) -> list[Transfer]:
         """Return what forward and backward pass of one micro-batch move within a copy of the model."""
-        return [*self._tensor_parallel(counts), *self._boundaries(counts)]
+        portion = Portion(self.config, counts, self.cp_rank)
+        return [*self._features(portion), *self._token_losses(portion), *self._boundaries(portion)]
 
     def features_pass(self, counts: MicroBatchCounts) -> list[Transfer]:
         """Return what a forward pass for features alone moves: no token losses, nothing backward."""
-        whole = [*self._layers(counts), *self._picked(counts.slots), *self._boundaries(counts)]
-        return [transfer for transfer in whole if not transfer.backward]
+        portion = Portion(self.config, counts, self.cp_rank)
+        return [t for t in (*self._features(portion), *self._boundaries(portion)) if not t.backward]
 
     def contrast(self, counts: StepCounts) -> list[Transfer]:
-        """Return the gathers of features, and of two floats per slot, on the last stage."""
+        """Return the gathers of features, of two hashes and of two floats per slot, on the last stage."""
         if not self.stage.is_last:
             return []
-        slots = counts.contrasted_slots(self.scope)
-        width = 2 * self.config.language.hidden_size
+        slots = counts.contrasted_slots(self.config.loss)
+        slot_bytes = (2 * self.config.language.hidden_size * FLOAT32_BYTES, 2 * HASH_BYTES, 2 * FLOAT32_BYTES)
         return [
-            Transfer("dp", "all_gather", "features", calls, number * self.ranks.dp * columns * FLOAT32_BYTES)
+            Transfer("dp", "all_gather", "features", calls, number * self.ranks.dp * size)
             for number, calls in Counter(slots).items()
-            for columns in (width, 2)
+            for size in slot_bytes
         ]
 
     def once(self, counts: StepCounts) -> list[Transfer]:
@@ -143,10 +167,10 @@ class StepTraffic:
             for bucket in buffer.buckets:
                 size = bucket.numel * GRADIENT_BYTES
                 if parallel.use_distributed_optimizer:
-                    found.append(Transfer("dp", "reduce_scatter", "gradients", 1, size, backward=True))
-                    found.append(Transfer("dp", "all_gather", "parameters", 1, bucket.numel * buffer.element_bytes))
+                    found.append(Transfer("dp_cp", "reduce_scatter", "gradients", 1, size, backward=True))
+                    found.append(Transfer("dp_cp", "all_gather", "parameters", 1, bucket.numel * buffer.element_bytes))
                 else:
-                    found.append(Transfer("dp", "all_reduce", "gradients", 1, size, backward=True))
+                    found.append(Transfer("dp_cp", "all_reduce", "gradients", 1, size, backward=True))
         if parallel.sequence_parallel:
             summed = sum(parameter.numel for parameter in self.parameters if parameter.sequence_parallel)
             if summed:
@@ -161,16 +185,22 @@ class StepTraffic:
         found.append(Transfer("host", "all_reduce", "agreement", 1, counts.all_images + 1))
         return found
 
-    def _tensor_parallel(self, counts: MicroBatchCounts) -> Iterator[Transfer]:
-        yield from self._layers(counts)
+    def _features(self, portion: Portion) -> Iterator[Transfer]:
+        """Everything up to pooled latents and context features."""
+        yield from self._layers(portion)
+        if self.stage.has(HEADS):
+            yield from self._picked(portion.counts.slots)
+        yield from self._shared_rows(portion)
+
+    def _token_losses(self, portion: Portion) -> Iterator[Transfer]:
+        """Token losses, and the regression of latents."""
         if not self.stage.has(HEADS):
             return
         loss, hidden = self.config.loss, self.config.language.hidden_size
-        targets = max(1, counts.targets)
+        targets = max(1, portion.counts.targets)
         yield from self._picked(targets)
-        yield from self._picked(counts.slots)
         if loss.latent_regression_loss_weight > 0:
-            yield from self._picked(counts.slots * self.config.vision.num_patches)
+            yield from self._picked(portion.counts.slots * self.config.vision.num_patches)
         yield self._all_reduce(targets * hidden, backward=True)
         # Maximum, target's logit and sum of exponentials; the backward pass computes each chunk again.
         full, rest = divmod(targets, loss.cross_entropy_chunk_size)
@@ -178,20 +208,32 @@ class StepTraffic:
             if size and number:
                 for backward in (False, True):
                     yield Transfer("tp", "all_reduce", "activations", 3 * number, size * FLOAT32_BYTES, backward)
+        # The sum of token losses, for the report.
+        yield Transfer("cp", "all_reduce", "report", 1, FLOAT32_BYTES)
 
     def _picked(self, rows: int) -> Iterator[Transfer]:
         """Rows that their owner shares: only a sequence that is split has owners."""
-        if self.stage.has(HEADS) and self.config.parallel.sequence_parallel:
+        if self.config.parallel.sequence_parallel:
             yield self._all_reduce(rows * self.config.language.hidden_size)
 
-    def _layers(self, counts: MicroBatchCounts) -> Iterator[Transfer]:
+    def _shared_rows(self, portion: Portion) -> Iterator[Transfer]:
+        """What context-parallel ranks tell each other beside keys and values."""
+        size = self.config.language.hidden_size * self.element_bytes
+        pooled, latents = portion.gathered_images, portion.gathered_images * self.config.vision.num_patches
+        if self.stage.has(LANGUAGE_EMBED):
+            yield Transfer("cp", "all_gather", "activations", 1, latents * size)
+            yield Transfer("cp", "reduce_scatter", "activations", 1, latents * size, backward=True)
+        if self.stage.has(HEADS):
+            yield Transfer("cp", "all_reduce", "activations", 1, portion.counts.slots * size)
+            yield Transfer("cp", "all_gather", "activations", 1, pooled * size)
+
+    def _layers(self, portion: Portion) -> Iterator[Transfer]:
         """Layers of both towers, and where sequences are split and joined."""
         config, stage, is_split = self.config, self.stage, self.config.parallel.sequence_parallel
-        ways = self.ranks.tp if is_split else 1
-        vision = -(-counts.slots * config.vision.num_tokens // ways) * ways * config.vision.hidden_size
-        language = config.training.micro_batch_size * config.data.seq_length * config.language.hidden_size
-        yield from self._layer(vision, len(stage.layers("vision")))
-        yield from self._layer(language, len(stage.layers("language")))
+        vision = portion.vision_tokens * config.vision.hidden_size
+        language = portion.positions * config.language.hidden_size
+        yield from self._vision_layers(portion)
+        yield from self._language_layers(language)
         if stage.has(LANGUAGE_EMBED):
             yield self._all_reduce(language)
         if is_split and stage.has(VISION_EMBED):
@@ -201,19 +243,46 @@ class StepTraffic:
         if is_split and stage.has(LANGUAGE_EMBED):
             yield self._all_gather(language, backward=True)
 
-    def _layer(self, elements: int, layers: int) -> Iterator[Transfer]:
-        """Two pairs of products per layer, each entered and left once per pass."""
-        if not layers:
-            return
+    def _vision_layers(self, portion: Portion) -> Iterator[Transfer]:
+        layers = self.stage.layers("vision")
+        again = recomputed_layers(self.config, "vision", layers)
+        scales = self.config.vision.layer_scale_init is not None
+        for layer in layers:
+            elements = portion.branch_tokens(layer) * self.config.vision.hidden_size
+            # What is kept last: an input of LayerScale or of drop-path, behind the reduction; else of a product.
+            is_kept_behind = scales or portion.has_flags(layer) or portion.is_subset(layer)
+            yield from self._layer(elements, (1 + is_kept_behind) if layer in again else 0)
+
+    def _language_layers(self, elements: int) -> Iterator[Transfer]:
+        layers = self.stage.layers("language")
+        again = recomputed_layers(self.config, "language", layers)
+        # Keys and values of all context-parallel ranks; a tensor-parallel rank's heads of them.
+        fetched = 2 * elements * self.ranks.cp // self.ranks.tp * self.element_bytes
+        for layer in layers:
+            yield from self._layer(elements, int(layer in again))
+            yield Transfer("cp", "all_gather", "activations", 1, fetched)
+            yield Transfer("cp", "reduce_scatter", "activations", 1, fetched, backward=True)
+            if layer in again:
+                yield Transfer("cp", "all_gather", "activations", 1, fetched, backward=True)
+
+    def _layer(self, elements: int, sums_again: int) -> Iterator[Transfer]:
+        """Two pairs of products, each entered and left once per pass.
+
+        Args:
+            elements: of the residual stream that both pass.
+            sums_again: sums behind a pair that the backward pass makes again. torch stops recomputing at the last
+                tensor that was kept, so that the second sum may be left out.
+        """
         size = elements * self.element_bytes
         for backward in (False, True):
+            again = sums_again if backward else 0
             if self.config.parallel.sequence_parallel:
                 # Backward: the input is gathered again for the weights' gradient, beside the output's gradient.
-                gathers = 4 if backward else 2
-                yield Transfer("tp", "all_gather", "activations", gathers * layers, size, backward)
-                yield Transfer("tp", "reduce_scatter", "activations", 2 * layers, size, backward)
+                gathers = (4 if backward else 2) + (2 if again else 0)
+                yield Transfer("tp", "all_gather", "activations", gathers, size, backward)
+                yield Transfer("tp", "reduce_scatter", "activations", 2 + again, size, backward)
             else:
-                yield Transfer("tp", "all_reduce", "activations", 2 * layers, size, backward)
+                yield Transfer("tp", "all_reduce", "activations", 2 + again, size, backward)
 
     def _all_reduce(self, elements: int, backward: bool = False) -> Transfer:
         return Transfer("tp", "all_reduce", "activations", 1, elements * self.element_bytes, backward)
@@ -221,24 +290,24 @@ class StepTraffic:
     def _all_gather(self, elements: int, backward: bool = False) -> Transfer:
         return Transfer("tp", "all_gather", "activations", 1, elements * self.element_bytes, backward)
 
-    def _boundaries(self, counts: MicroBatchCounts) -> Iterator[Transfer]:
+    def _boundaries(self, portion: Portion) -> Iterator[Transfer]:
         """What is sent to the next stage, and the gradient that goes to the stage before."""
         sent = [(self.stage.next_piece, False), (None if self.stage.is_first else self.stage.first_piece, True)]
         for piece, backward in sent:
             if piece is not None:
-                size = boundary_elements(self.config, piece, counts) * self.element_bytes
+                size = boundary_elements(piece, portion) * self.element_bytes
                 yield Transfer("pp", "send", "boundary", 1, size, backward)
 
 
-def boundary_elements(config: RunConfig, piece: str, counts: MicroBatchCounts) -> int:
+def boundary_elements(piece: str, portion: Portion) -> int:
     """Return the elements that a stage beginning with ``piece`` receives (see ``parallel/pipeline.py``)."""
-    vision, hidden, slots = config.vision, config.language.hidden_size, counts.slots
-    ways = config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1
+    vision, hidden, parallel = portion.config.vision, portion.config.language.hidden_size, portion.config.parallel
+    ways = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     if piece == POOL or piece.startswith("vision."):
-        return -(-slots * vision.num_tokens // ways) * vision.hidden_size
+        return portion.vision_tokens // ways * vision.hidden_size
     if piece == LANGUAGE_EMBED:
-        return slots * (vision.num_patches + 1) * hidden
-    return (config.training.micro_batch_size * config.data.seq_length // ways + slots) * hidden
+        return portion.images * (vision.num_patches + 1) * hidden
+    return (portion.positions // ways + portion.images) * hidden
 
 
 def merged(transfers: Iterable[Transfer], ranks: Ranks) -> tuple[Transfer, ...]:

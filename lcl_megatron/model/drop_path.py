@@ -15,13 +15,12 @@ generator to save, and a recomputed forward pass and every tensor-parallel rank 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lcl_megatron.config import VisionConfig
+from lcl_megatron.model.drop_rates import layer_rate, num_kept
 
 _MASK_64 = (1 << 64) - 1
 
@@ -65,18 +64,6 @@ def keyed_uniform(keys: Tensor, *context: int) -> Tensor:
     return _shift_right(keyed_hash(keys, *context), 40).to(torch.float32) / float(1 << 24)
 
 
-def layer_rate(rate: float, layer: int, num_layers: int) -> float:
-    """Return the drop rate of a layer: rises linearly from 0 at the first layer to ``rate`` at the last."""
-    return rate * layer / max(1, num_layers - 1)
-
-
-def computed_share(vision: VisionConfig, layer: int) -> float:
-    """Return the share of images for which a layer's branches are computed in training; 1 in mode ``mask``."""
-    if vision.drop_path_mode == "mask":
-        return 1.0
-    return 1.0 - layer_rate(vision.drop_path_rate, layer, vision.num_layers)
-
-
 @dataclass(frozen=True)
 class DropPath:
     """The stochastic depth of one training step."""
@@ -109,7 +96,7 @@ class DropPath:
 
     def num_kept(self, num_images: int, layer: int) -> int:
         """Return M, how many of N images keep a branch of a layer in mode ``subset``; at least 1."""
-        return max(1, math.floor((1.0 - layer_rate(self.rate, layer, self.num_layers)) * num_images + 0.5))
+        return num_kept(layer_rate(self.rate, layer, self.num_layers), num_images)
 
     def subset(self, image_keys: Tensor, layer: int, branch: int) -> Tensor | None:
         """Return which images of a micro-batch keep a residual branch.
@@ -122,9 +109,9 @@ class DropPath:
         Returns:
             (M,) int64 places in ``image_keys``, ascending; None when all are kept.
         """
-        num_kept = self.num_kept(image_keys.shape[0], layer)
-        if num_kept == image_keys.shape[0]:
+        kept = self.num_kept(image_keys.shape[0], layer)
+        if kept == image_keys.shape[0]:
             return None
         # One bit fewer, so that signed integers are in the order of ``keyed_uniform``.
         numbers = _shift_right(keyed_hash(image_keys, self.seed, self.step, 2 * layer + branch), 1)
-        return numbers.argsort(descending=True, stable=True)[:num_kept].sort().values
+        return numbers.argsort(descending=True, stable=True)[:kept].sort().values

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import lru_cache
 
 from lcl_megatron.config import ConfigError, LanguageConfig, RunConfig, VisionConfig
-from lcl_megatron.model.drop_path import computed_share
+from lcl_megatron.model.drop_rates import computed_share
 
 VISION_EMBED, POOL, LANGUAGE_EMBED, HEADS = "vision.embed", "pool", "language.embed", "heads"
 
@@ -92,7 +93,7 @@ def cut_line(config: RunConfig) -> tuple[Stage, ...]:
         if starts != sorted(set(starts)):
             raise ConfigError(f"parallel.pipeline_cuts = {cuts} are not in the order of the line: {', '.join(line)}")
     else:
-        starts = _balanced_starts([_piece_flops(piece, config) for piece in line], num_stages)
+        starts = list(_balanced_starts(tuple(_piece_flops(piece, config) for piece in line), num_stages))
     ends = [*starts[1:], len(line)]
     return tuple(
         Stage(line[begin:end], line[end] if end < len(line) else None) for begin, end in zip(starts, ends, strict=True)
@@ -127,7 +128,8 @@ def _recompute_factor(tower: VisionConfig | LanguageConfig) -> float:
     return 1 + share / 3 if tower.recompute_granularity == "full" else 1.0
 
 
-def _balanced_starts(costs: list[float], num_stages: int) -> list[int]:
+@lru_cache(maxsize=64)  # Whoever plans a run asks for many layouts of one model.
+def _balanced_starts(costs: tuple[float, ...], num_stages: int) -> tuple[int, ...]:
     """Return begins of ``num_stages`` non-empty runs whose largest sum is smallest (dynamic programme)."""
     sums = [0.0, *itertools.accumulate(costs)]
     # best[end] = (largest sum, begins) of the first ``end`` pieces in the stages so far.
@@ -140,4 +142,4 @@ def _balanced_starts(costs: list[float], num_stages: int) -> list[int]:
             )
             for end in range(stage, len(costs) + 1)
         }
-    return best[len(costs)][1]
+    return tuple(best[len(costs)][1])

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from lcl_megatron.config.errors import require
-from lcl_megatron.model.drop_path import computed_share
+from lcl_megatron.model.drop_rates import computed_share
 
 if TYPE_CHECKING:
     from lcl_megatron.config import LanguageConfig, RunConfig, VisionConfig

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Self
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.nn.attention.bias import CausalBias, causal_lower_right
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from lcl_megatron.model import attention
 from lcl_megatron.parallel.groups import ProcessGroups
 
 KINDS = {
@@ -44,6 +47,16 @@ class TrafficRecorder(TorchDispatchMode):
         self.counts: Counter[tuple[str, str]] = Counter()
         self.bytes: Counter[tuple[str, str]] = Counter()
         self._names = _group_names(groups)
+        self._patch = patch.object(attention, "causal_lower_right", _bias_beside_the_mode)
+
+    def __enter__(self) -> Self:
+        self._patch.start()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._patch.stop()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -74,6 +87,12 @@ class TrafficRecorder(TorchDispatchMode):
         return {key: (self.counts[key], self.bytes[key]) for key in self.counts}
 
 
+def _bias_beside_the_mode(queries: int, keys: int) -> CausalBias:
+    """Make torch's causal mask, a subclass of its tensor that it cannot make while a dispatch mode looks on."""
+    with _disable_current_modes():
+        return causal_lower_right(queries, keys)
+
+
 def _group_names(groups: ProcessGroups) -> dict[str, str]:
     collection = groups.collection
     named: Iterable[tuple[Any, str]] = [
@@ -82,9 +101,10 @@ def _group_names(groups: ProcessGroups) -> dict[str, str]:
         (collection.embd, "embedding"),
         (collection.tp, "tp"),
         (collection.pp, "pp"),
+        (collection.cp, "cp"),
+        (collection.dp_cp, "dp_cp"),
+        (collection.intra_dp_cp, "dp_cp"),
         (collection.dp, "dp"),
-        (collection.dp_cp, "dp"),
-        (collection.intra_dp_cp, "dp"),
         (groups.host, "host"),
     ]
     return {group.group_name: name for group, name in named if isinstance(group, dist.ProcessGroup)}

@@ -52,6 +52,7 @@ CASES: list[tuple[str, int, dict[str, dict[str, Any]]]] = [
             "training": {"precision": "bf16"},
         },
     ),
+    ("cp2, bf16", 2, {"parallel": {"context_parallel_size": 2}, "training": {"precision": "bf16"}}),
     ("pp3", 3, {"parallel": {"pipeline_model_parallel_size": 3, "pipeline_cuts": ("vision.1", "heads")}}),
 ]
 
@@ -103,7 +104,7 @@ def build(rank: int, world_size: int, config: RunConfig) -> dict[str, Any]:
             sum(buffer.grad_data.nbytes for buffer in engine.chunks[0].buffers),
             sum(tensor.nbytes for tensor in beside),
         ),
-        "predicted_state": rank_state(traffic, groups.dp_rank),
+        "predicted_state": rank_state(traffic, groups.dp_rank * groups.cp_size + groups.cp_rank),
     }
 
 

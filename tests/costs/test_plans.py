@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from lcl_megatron.costs.devices import DEVICE_NAMES, find_device
 from lcl_megatron.costs.memory import rank_state
 from lcl_megatron.costs.network import Network
 from lcl_megatron.costs.parameters import stage_parameters
-from lcl_megatron.costs.plans import best_plan, configured_plan, efficiencies
+from lcl_megatron.costs.plans import best_plan, check_fits, configured_plan, efficiencies
 from lcl_megatron.costs.published import RUNS, comparison
 from lcl_megatron.costs.step_time import Scenario, estimate_step
 from lcl_megatron.costs.traffic import Ranks, StepTraffic, Transfer
@@ -54,10 +56,10 @@ def test_distributed_optimizer_takes_six_bytes_and_twelve_shared_per_parameter()
 
 
 def test_global_scope_gathers_once_and_runs_a_third_more() -> None:
-    config = paper("--micro-batch-size", "8")
-    one, all_images = (estimate_step(scenario(config, scope=s), 64) for s in ("micro_batch", "global"))
+    configs = [paper("--micro-batch-size", "8", "--contrastive-scope", scope) for scope in ("micro_batch", "global")]
+    one, all_images = (estimate_step(scenario(config), 64) for config in configs)
     gathers = [sum(t.calls for t in e.traffic[0] if t.purpose == "features") for e in (one, all_images)]
-    assert gathers == [2 * 16_384 // (8 * 64), 2]
+    assert gathers == [3 * 16_384 // (8 * 64), 3]
     sizes = [sum(t.bytes for t in e.traffic[0] if t.purpose == "features") for e in (one, all_images)]
     assert sizes[0] == sizes[1]
     ratio = (all_images.time.compute + all_images.time.second_forward) / one.time.compute
@@ -65,7 +67,11 @@ def test_global_scope_gathers_once_and_runs_a_third_more() -> None:
     # One micro-batch holds the whole step: nothing runs twice.
     single = StepCounts.of_means(paper("--micro-batch-size", "32"), one_row(), 512)
     assert len(single.micro_batches) == 1
-    assert estimate_step(scenario(paper("--micro-batch-size", "32"), scope="global"), 512).time.second_forward == 0
+    assert estimate_step(scenario(paper("--micro-batch-size", "32")), 512).time.second_forward == 0
+    # Nor with graphs that are kept, for which all activations are there at one time.
+    kept = estimate_step(scenario(paper("--micro-batch-size", "8", "--contrastive-keep-graphs")), 64)
+    assert kept.time.second_forward == 0
+    assert kept.memory[0].activations == 32 * all_images.memory[0].activations
 
 
 def one_row() -> RowMeans:
@@ -73,10 +79,48 @@ def one_row() -> RowMeans:
 
 
 def test_recomputation_saves_memory_and_costs_time() -> None:
-    config = paper("--micro-batch-size", "8")
-    plain, again = (configured_plan(scenario(config, recompute=r), 64) for r in (False, True))
-    assert again.worst_memory.activations < 0.3 * plain.worst_memory.activations
-    assert 1.2 < again.estimate.time.compute / plain.estimate.time.compute < 4 / 3
+    plain, selective, full = (
+        configured_plan(scenario(recomputing(granularity)), 64) for granularity in ("none", "selective", "full")
+    )
+    assert full.worst_memory.activations < 0.3 * plain.worst_memory.activations
+    assert 1.2 < full.estimate.time.compute / plain.estimate.time.compute < 4 / 3
+    assert 0.6 < selective.worst_memory.activations / plain.worst_memory.activations < 0.8
+    assert 1 < selective.estimate.time.compute / plain.estimate.time.compute < 1.1
+    half = configured_plan(scenario(recomputing("full", "--vision.recompute-num-layers", "12")), 64)
+    assert full.worst_memory.activations < half.worst_memory.activations < plain.worst_memory.activations
+
+
+def recomputing(granularity: str, *flags: str) -> RunConfig:
+    towers = ("--vision.recompute-granularity", granularity, "--language.recompute-granularity", granularity)
+    return paper("--micro-batch-size", "8", *towers, *flags)
+
+
+def test_dropped_images_cost_nothing_where_branches_are_computed_for_the_others() -> None:
+    mask, subset = (
+        configured_plan(scenario(paper("--micro-batch-size", "8", "--vision.drop-path-mode", mode)), 64)
+        for mode in ("mask", "subset")
+    )
+    # The mean rate of the layers is half of the last one's, 0.2.
+    ratio = subset.worst_memory.vision_per_micro_batch / mask.worst_memory.vision_per_micro_batch
+    assert ratio == pytest.approx(0.9, abs=0.02)
+    assert 0.88 < subset.estimate.time.compute / mask.estimate.time.compute < 1
+
+
+def test_context_parallelism_divides_the_activations_of_a_row() -> None:
+    one, four = (
+        configured_plan(scenario(paper("--micro-batch-size", "8", "--context-parallel-size", str(size))), 64)
+        for size in (1, 4)
+    )
+    assert (four.estimate.ranks.dp, four.estimate.ranks.cp) == (16, 4)
+    assert 0.24 < four.worst_memory.activations / one.worst_memory.activations < 0.35
+    # The optimizer's state is shared by all 64, which hold the same parameters.
+    assert four.worst_memory.state.total == pytest.approx(one.worst_memory.state.total, rel=1e-3)
+    assert best_plan(scenario(four.config), 64).estimate.ranks.cp == 4
+
+
+def test_no_torch_is_needed() -> None:
+    code = "import sys, lcl_megatron.costs.commands; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_pipeline_bubble_is_that_of_1f1b() -> None:
@@ -93,8 +137,11 @@ def test_best_plan_is_no_slower_than_the_configured_one_and_fits() -> None:
     assert plan.estimate.time.total <= configured_plan(scenario(paper()), 64).estimate.time.total
     assert plan.worst_memory.total < 80e9
     more = best_plan(scenario(paper()), 512)
-    assert efficiencies([plan, more])[1] < 1
     assert more.estimate.time.total < plan.estimate.time.total
+    # Where all images fit into one micro-batch there is no second forward pass; else more GPUs only lose.
+    assert plan.estimate.time.second_forward > more.estimate.time.second_forward == 0
+    config = paper("--contrastive-scope", "micro_batch")
+    assert efficiencies([best_plan(scenario(config), gpus) for gpus in (64, 512)])[1] < 1
 
 
 def test_network_times_at_the_ends() -> None:
@@ -120,12 +167,23 @@ def test_every_device_of_the_table_can_be_planned_for(name: str) -> None:
 
 def test_impossible_runs_say_what_is_short() -> None:
     small = dataclasses.replace(find_device("H100"), memory_gb=7)
-    with pytest.raises(ConfigError, match=r"H100: memory is short.*GiB per GPU \(parameters, gradients.*--recompute"):
+    with pytest.raises(
+        ConfigError, match=r"H100: memory is short.*GiB per GPU \(parameters, gradients.*--vision.recompute-granularity"
+    ):
         best_plan(scenario(paper(), device=small), 8)
+    kept = paper("--contrastive-keep-graphs")
+    with pytest.raises(ConfigError, match="try --no-contrastive-keep-graphs, --vision.recompute"):
+        check_fits(scenario(kept), configured_plan(scenario(kept), 8))
     with pytest.raises(ConfigError, match=r"7 GPUs: no layout can run.*not a multiple of micro_batch_size x data-para"):
         best_plan(scenario(paper()), 7)
     with pytest.raises(ConfigError, match=r"vision.num_attention_heads = 16 cannot be split"):
         configured_plan(scenario(paper("--tensor-model-parallel-size", "3")), 3)
+    interleaved = paper("--pipeline-model-parallel-size", "2", "--virtual-pipeline-model-parallel-size", "2")
+    for plan in (best_plan, configured_plan):
+        with pytest.raises(
+            ConfigError, match="virtual_pipeline_model_parallel_size = 2: interleaved stages are not in"
+        ):
+            plan(scenario(interleaved), 64)
     with pytest.raises(ConfigError, match="--device H9: not in the table; known: A100-40G"):
         find_device("H9")
     with pytest.raises(ConfigError, match="9 images of 256 latents leave no text"):

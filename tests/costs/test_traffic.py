@@ -41,13 +41,17 @@ def count_and_predict(rank: int, world_size: int, config: RunConfig) -> list[tup
             batch = next(batches)
             with TrafficRecorder(run.engine.groups) as recorder:
                 train_step(run, batch)
-            counts = StepCounts.of_batch(batch.micro_batches, batch.layout)
-            traffic = StepTraffic(run.config, world_size, run.engine.groups.pp_rank)
+            parts = tuple(run.engine.rows.part(micro_batch) for micro_batch in batch.micro_batches)
+            counts = StepCounts.of_batch(parts, batch.layout)
+            groups = run.engine.groups
+            traffic = StepTraffic(run.config, world_size, groups.pp_rank, groups.cp_rank)
             found.append((recorder.totals(), dict(totals(traffic.step(counts)))))
     return found
 
 
-CASES: list[tuple[str, int, dict[str, dict[str, Any]]]] = [
+Case = tuple[str, int, dict[str, dict[str, Any]]]
+
+LAYOUT_CASES: list[Case] = [
     ("alone", 1, {}),
     ("dp2", 2, {}),
     ("dp2, bf16", 2, {"training": {"precision": "bf16"}}),
@@ -111,6 +115,89 @@ CASES: list[tuple[str, int, dict[str, dict[str, Any]]]] = [
         },
     ),
 ]
+
+
+def layout(**sizes: Any) -> dict[str, Any]:
+    """Return the ``parallel`` section of sizes by short names; other names as they are."""
+    names = {f"{axis[0]}p": f"{axis}_parallel_size" for axis in ("tensor_model", "pipeline_model", "context")}
+    return {"parallel": {names.get(name, name): value for name, value in sizes.items()}}
+
+
+SPLIT = {"tp": 2, "sequence_parallel": True}
+GLOBAL = {"loss": {"contrastive_scope": "global"}}
+KEPT = {"loss": {"contrastive_scope": "global", "contrastive_keep_graphs": True}}
+FULL = {"recompute_granularity": "full"}
+SELECTIVE = {"recompute_granularity": "selective"}
+PLAIN = {"layer_scale_init": None}
+
+GLOBAL_CASES: list[Case] = [
+    ("global, dp2", 2, GLOBAL),
+    ("global, dp4", 4, {**GLOBAL, "training": {"micro_batch_size": 1}}),
+    ("global, one micro-batch", 2, {**GLOBAL, "training": {"micro_batch_size": 4}}),
+    ("global, no weight", 2, {"loss": {"contrastive_scope": "global", "contrastive_loss_weight": 0.0}}),
+    ("global, dp2, overlapped gather", 2, {**GLOBAL, **layout(overlap_param_gather=True)}),
+    ("global, pp2", 2, {**GLOBAL, **layout(pp=2)}),
+    ("global, tp2", 2, {**GLOBAL, **layout(tp=2)}),
+    (
+        "global, tp2, sequence parallel, latents regressed",
+        2,
+        {"loss": {"contrastive_scope": "global", "latent_regression_loss_weight": 1.0}, **layout(**SPLIT)},
+    ),
+    ("global, tp2 x pp2", 4, {**GLOBAL, **layout(tp=2, pp=2)}),
+    ("global, dp2 x pp2", 4, {**GLOBAL, **layout(pp=2, pipeline_cuts=("language.1",))}),
+    ("graphs kept, dp2", 2, KEPT),
+    ("graphs kept, tp2", 2, {**KEPT, **layout(tp=2)}),
+    ("graphs kept, dp2 x tp2, sequence parallel", 4, {**KEPT, **layout(**SPLIT)}),
+]
+
+RECOMPUTE_CASES: list[Case] = [
+    ("full, tp2", 2, {"vision": FULL, "language": FULL, **layout(tp=2)}),
+    ("full, tp2, sequence parallel", 2, {"vision": FULL, "language": FULL, **layout(**SPLIT)}),
+    ("full, tp2, plain ViT", 2, {"vision": {**FULL, **PLAIN}, **layout(tp=2)}),
+    ("full, tp2, sequence parallel, plain ViT", 2, {"vision": {**FULL, **PLAIN}, **layout(**SPLIT)}),
+    ("full, tp2, plain ViT with drop-path", 2, {"vision": {**FULL, **PLAIN, "drop_path_rate": 0.4}, **layout(tp=2)}),
+    (
+        "full, one layer of each, tp2 x pp2, global",
+        4,
+        {
+            "vision": {**FULL, "recompute_num_layers": 1},
+            "language": {**FULL, "recompute_num_layers": 1},
+            **GLOBAL,
+            **layout(tp=2, pp=2),
+        },
+    ),
+    ("selective, tp2", 2, {"vision": SELECTIVE, "language": {**SELECTIVE, "activation": "gelu"}, **layout(tp=2)}),
+    ("selective, tp2, sequence parallel", 2, {"vision": SELECTIVE, "language": SELECTIVE, **layout(**SPLIT)}),
+    ("subset, tp2", 2, {"vision": {"drop_path_rate": 0.4, "drop_path_mode": "subset"}, **layout(tp=2)}),
+    (
+        "subset, full, tp2, plain ViT",
+        2,
+        {"vision": {"drop_path_rate": 0.4, "drop_path_mode": "subset", **FULL, **PLAIN}, **layout(tp=2)},
+    ),
+]
+
+CONTEXT_CASES: list[Case] = [
+    ("cp2", 2, layout(cp=2)),
+    (
+        "cp2, bf16, chunks",
+        2,
+        {**layout(cp=2), "training": {"precision": "bf16"}, "loss": {"cross_entropy_chunk_size": 7}},
+    ),
+    ("cp2, whole optimizer", 2, layout(cp=2, use_distributed_optimizer=False)),
+    ("cp2, full", 2, {"vision": FULL, "language": FULL, **layout(cp=2)}),
+    ("cp4", 4, layout(cp=4)),
+    ("cp2 x dp2", 4, layout(cp=2)),
+    ("cp2 x dp2, global", 4, {**GLOBAL, **layout(cp=2)}),
+    ("cp2 x dp2, graphs kept", 4, {**KEPT, **layout(cp=2)}),
+    ("cp2 x tp2", 4, layout(cp=2, tp=2)),
+    ("cp2 x tp2, sequence parallel, full", 4, {"vision": FULL, "language": FULL, **layout(cp=2, **SPLIT)}),
+    ("cp2 x tp2, subset", 4, {"vision": {"drop_path_rate": 0.4, "drop_path_mode": "subset"}, **layout(cp=2, tp=2)}),
+    ("cp2 x pp2", 4, layout(cp=2, pp=2)),
+    ("cp2 x pp2, inside the ViT, global", 4, {**GLOBAL, **layout(cp=2, pp=2, pipeline_cuts=("vision.1",))}),
+    ("cp2 x pp2, tied matrix on both stages", 4, layout(cp=2, pp=2, pipeline_cuts=("language.1",))),
+]
+
+CASES = LAYOUT_CASES + GLOBAL_CASES + RECOMPUTE_CASES + CONTEXT_CASES
 
 
 @pytest.mark.parametrize(("name", "world_size", "changes"), CASES, ids=[case[0] for case in CASES])

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lcl_megatron.config import VisionConfig
-from lcl_megatron.model.drop_path import DropPath, computed_share, keyed_uniform
+from lcl_megatron.model.drop_path import DropPath, keyed_uniform
+from lcl_megatron.model.drop_rates import computed_share
 
 MASK = (1 << 64) - 1
 KEYS = torch.arange(1, 20_001, dtype=torch.int64)

@@ -90,7 +90,7 @@ def test_balanced_cuts_have_the_smallest_largest_stage(costs: list[float], data:
         return max(sum(costs[a:b]) for a, b in itertools.pairwise([*starts, len(costs)]))
 
     every = [(0, *cuts) for cuts in itertools.combinations(range(1, len(costs)), stages - 1)]
-    starts = tuple(_balanced_starts(costs, stages))
+    starts = _balanced_starts(tuple(costs), stages)
     assert starts in every
     assert largest(starts) == min(map(largest, every))
 
