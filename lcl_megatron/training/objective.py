@@ -137,11 +137,7 @@ class Objective:
         Parallel: collective over dp.
         """
         leaves = [
-            dataclasses.replace(
-                output,
-                pooled_ND=output.pooled_ND.detach().requires_grad_(),
-                context_ND=output.context_ND.detach().requires_grad_(),
-            )
+            dataclasses.replace(output, pooled_ND=_leaf(output.pooled_ND), context_ND=_leaf(output.context_ND))
             for output in features
         ]
         logit_scale = features[0].logit_scale.detach().requires_grad_()
@@ -206,6 +202,12 @@ class Objective:
         """Return this micro-batch's share of the mean error over the images that are contrasted."""
         is_pair_N = self.agreed.micro_batches[micro_batch].pair_mask.to(errors_N.device)
         return errors_N.masked_fill(~is_pair_N, 0.0).sum() / max(1, self.agreed.num_pairs)
+
+
+def _leaf(features_ND: Tensor) -> Tensor:
+    """Return features to differentiate by, in at least float32: their gradient is rounded once, behind the weights."""
+    dtype = torch.promote_types(features_ND.dtype, torch.float32)
+    return features_ND.detach().to(dtype).requires_grad_()
 
 
 def losses_and_gradients(engine: Engine, agreed: AgreedStep, whole_gradients: bool = False) -> list[LossOutput]:
