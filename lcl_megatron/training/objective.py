@@ -12,7 +12,7 @@ Which pairs are contrasted with each other is ``contrastive_scope``:
 | ``micro_batch``, or one micro-batch | forward and backward of each micro-batch |
 | ``global`` | 1. forward of all micro-batches, without a graph; 2. one contrast of all features x, y; 3. forward and |
 |  | backward of each micro-batch with <dL/dx, x> + <dL/dy, y>, which has the contrast's gradient if not its value |
-| ``global``, ``contrastive_keep_graphs`` | forward of all micro-batches, one contrast, one backward |
+| ``global``, ``contrastive_keep_graphs`` | forward of all micro-batches, one contrast, backward of each |
 
 The two forward passes of ``global`` give the same features: there is no dropout, and drop-path is a hash of step and
 image. Cached gradients of a contrastive loss: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory
@@ -114,20 +114,6 @@ class Objective:
         value = self._mean_over_pairs(self.contrast.output) if is_last else torch.zeros_like(surrogate)
         return self._weighted(output, micro_batch, surrogate, value, reported)
 
-    def together(self, outputs: Sequence[LCLOutput]) -> tuple[Tensor, list[LossOutput]]:
-        """Return the loss of all micro-batches, whose pairs are all contrasted with each other, and its parts."""
-        contrast = self._contrast(outputs, range(len(outputs)))
-        contrastive = self._mean_over_pairs(contrast)
-        nothing = torch.zeros_like(contrastive)
-        last = len(outputs) - 1
-        shares = [
-            self._weighted(output, index, contrastive, contrastive, contrast)
-            if index == last
-            else self._weighted(output, index, nothing, nothing, None)
-            for index, output in enumerate(outputs)
-        ]
-        return torch.stack([total for total, _ in shares]).sum(), [parts for _, parts in shares]
-
     def contrast_of_features(self, features: Sequence[LCLOutput]) -> GlobalContrast:
         """Contrast all pairs of the step.
 
@@ -228,9 +214,12 @@ def losses_and_gradients(engine: Engine, agreed: AgreedStep, whole_gradients: bo
     is_global = loss.contrastive_scope == "global" and loss.contrastive_loss_weight > 0
     if not is_global or len(micro_batches) == 1:
         return engine.forward_backward(micro_batches, objective, step, whole_gradients=whole_gradients)
+
+    def objective_of(features: list[LCLOutput]) -> Objective:
+        return Objective(loss, agreed, engine.groups, objective.contrast_of_features(features))
+
     if loss.contrastive_keep_graphs:
-        return engine.forward_backward_together(micro_batches, objective.together, step, whole_gradients)
+        return engine.forward_backward_of_graphs(micro_batches, objective_of, step, whole_gradients)
     features = engine.features(micro_batches, step)
-    contrast = objective.contrast_of_features(features) if engine.stage.is_last else None
-    objective = Objective(loss, agreed, engine.groups, contrast)
-    return engine.forward_backward(micro_batches, objective, step, whole_gradients=whole_gradients)
+    whole = objective_of(features) if engine.stage.is_last else objective
+    return engine.forward_backward(micro_batches, whole, step, whole_gradients=whole_gradients)

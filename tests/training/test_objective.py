@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -100,7 +99,7 @@ def _outputs(pattern: Pattern, seed: int, dp_rank: int, layout: StepLayout) -> l
     return outputs
 
 
-def _differences(pattern: Pattern, seed: int, groups: ProcessGroups, together: bool) -> list[float]:
+def _differences(pattern: Pattern, seed: int, groups: ProcessGroups) -> list[float]:
     """Return how far this rank's gradients are from brute force; loss and temperature summed over ranks elsewhere."""
     layout = StepLayout(pattern.num_images, pattern.has_context, 1, 1, 1)
     micro_batches = tuple(_blank_batch(int(n)) for n in pattern.num_images[:, groups.dp_rank])
@@ -108,16 +107,12 @@ def _differences(pattern: Pattern, seed: int, groups: ProcessGroups, together: b
     loss = LossConfig(contrastive_loss_weight=WEIGHT, contrastive_tile_size=1 + seed % 7)
     objective = Objective(loss, agreed, groups)
     outputs = _outputs(pattern, seed, groups.dp_rank, layout)
-    if together:
-        total, parts = objective.together(outputs)
+    objective = Objective(loss, agreed, groups, objective.contrast_of_features(outputs))
+    parts = []
+    for index, output in enumerate(outputs):
+        total, part = objective(index, output)
         total.backward()
-    else:
-        objective = Objective(loss, agreed, groups, objective.contrast_of_features(outputs))
-        parts = []
-        for index, output in enumerate(outputs):
-            total, part = objective(index, output)
-            total.backward()
-            parts.append(part)
+        parts.append(part)
     expected_loss, expected = brute_force(pattern, seed)
     differences = []
     for index, output in enumerate(outputs):
@@ -138,16 +133,15 @@ def _differences(pattern: Pattern, seed: int, groups: ProcessGroups, together: b
     return differences
 
 
-def _on_rank(rank: int, world_size: int, together: bool) -> float:
+def _on_rank(rank: int, world_size: int) -> float:
     groups = initialize(ParallelConfig(), lambda pipeline: pipeline[:1])
     # max() would pass over a NaN.
-    values = [np.array(_differences(make_pattern(seed), seed, groups, together)) for seed in range(PATTERNS)]
+    values = [np.array(_differences(make_pattern(seed), seed, groups)) for seed in range(PATTERNS)]
     return float(np.concatenate(values).max())
 
 
-@pytest.mark.parametrize("together", [False, True], ids=["two passes", "graphs kept"])
-def test_random_patterns_equal_brute_force(together: bool) -> None:
-    differences = run_distributed(_on_rank, RANKS, together)
+def test_random_patterns_equal_brute_force() -> None:
+    differences = run_distributed(_on_rank, RANKS)
     assert max(differences) <= TOLERANCE
     assert not any(np.isnan(differences))
 
