@@ -48,7 +48,7 @@ class LossOutput:
     contrast: ContrastiveOutput | None
     """Retrieval hits and features. Where all micro-batches are contrasted at once, the last one reports for all."""
     logit_scale: Tensor
-    """Scalar, log of the inverse temperature."""
+    """Scalar, log of the inverse temperature that the step's contrast used."""
     latent_regression_loss: Tensor | None = None
     """Scalar: this share of the global mean over pairs; None while the regression is off."""
 
@@ -177,7 +177,9 @@ class Objective:
         generation = output.token_losses_K.sum() / max(1, self.agreed.layout.num_targets)
         total = self.loss.generation_loss_weight * generation + self.loss.contrastive_loss_weight * contrastive
         whole_generation = sum_over_context_parallel(generation, self.groups)
-        parts = LossOutput(whole_generation, reported.detach(), contrast, output.logit_scale.detach())
+        # A copy: the parameter changes before this is read, and with overlap_param_gather not on all ranks at once.
+        logit_scale = output.logit_scale.detach().clone()
+        parts = LossOutput(whole_generation, reported.detach(), contrast, logit_scale)
         if output.latent_errors_N is None:
             return total, parts
         regression = self._latent_regression(micro_batch, output.latent_errors_N)

@@ -206,3 +206,13 @@ def test_kept_graphs_add_up_gradients_in_float32(corpus: Path) -> None:
     assert {gradient.dtype for gradient in found[1].values()} == {torch.float32}
     for name, gradient in found[0].items():
         assert torch.equal(found[1][name], gradient), name
+
+
+def test_the_temperature_of_a_report_is_that_of_the_loss(corpus: Path) -> None:
+    """And not what the optimizer makes of it, which ranks that gather parameters late do not know yet."""
+    with run_from(small_config(corpus, optimizer={"lr": 0.1})) as run:
+        parameter = run.engine.model.logit_scale
+        before = float(parameter.detach()[0])
+        result = train_step(run, next(iter(run.loader)))
+        assert float(parameter.detach()[0]) != pytest.approx(before, abs=1e-3)
+    assert float(result.losses[-1].logit_scale) == before
