@@ -85,9 +85,10 @@ def plan_run(flags: PlanFlags, config: RunConfig, means: RowMeans | None = None)
         means: what rows of its corpora hold; None = as the flags say.
 
     Raises:
-        ConfigError: some number of GPUs cannot run it.
+        ConfigError: some number of GPUs cannot run it, or the model of costs does not know what the run does.
     """
     require(len(flags.gpus) > 0, "--gpus is empty; give one or more numbers of GPUs")
+    _check_known(config)
     if config.language.vocab_size == 0:
         language = dataclasses.replace(config.language, vocab_size=OPT_VOCABULARY)
         config = dataclasses.replace(config, language=language)
@@ -101,6 +102,21 @@ def plan_run(flags: PlanFlags, config: RunConfig, means: RowMeans | None = None)
         write(scenario, plans, flags.output)
     result = json.dumps(as_json(scenario, plans))
     return result if flags.json else f"{text(scenario, plans)}\n{result}"
+
+
+def _check_known(config: RunConfig) -> None:
+    """Refuse runs of which times and memory would come out as those of another."""
+    cp = config.parallel.context_parallel_size
+    require(
+        cp == 1,
+        f"parallel.context_parallel_size = {cp}: the plan knows neither the time nor the memory of shared rows; plan "
+        "with --context-parallel-size 1",
+    )
+    require(
+        not config.loss.contrastive_keep_graphs,
+        "loss.contrastive_keep_graphs: the plan knows two passes only, and would count the activations of one "
+        "micro-batch where the run keeps those of all; plan with --no-contrastive-keep-graphs",
+    )
 
 
 def _plan(scenario: Scenario, gpus: int, layout: str) -> Plan:

@@ -146,6 +146,17 @@ def test_impossible_runs_say_what_is_short() -> None:
         plan_run(PlanFlags(gpus=()), paper())
 
 
+@pytest.mark.parametrize("layout", ["best", "configured"])
+def test_runs_that_the_model_of_costs_does_not_know_are_refused(layout: Any) -> None:
+    config = paper()
+    shared = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, context_parallel_size=2))
+    with pytest.raises(ConfigError, match=r"context_parallel_size = 2: .*plan with --context-parallel-size 1"):
+        plan_run(PlanFlags(gpus=(8,), layout=layout), shared)
+    kept = dataclasses.replace(config, loss=dataclasses.replace(config.loss, contrastive_keep_graphs=True))
+    with pytest.raises(ConfigError, match=r"loss.contrastive_keep_graphs: .*plan with --no-contrastive-keep-graphs"):
+        plan_run(PlanFlags(gpus=(8,), layout=layout), kept)
+
+
 def test_flags_print_a_table_and_json(tmp_path: Path) -> None:
     output = tmp_path / "plan.html"
     printed = plan_run(PlanFlags(gpus=(64, 512), output=output), paper())
