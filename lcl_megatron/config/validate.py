@@ -187,6 +187,12 @@ def _check_pipeline(config: RunConfig) -> None:
         "micro-batch's activations before all are contrasted; set --pipeline-model-parallel-size 1, or "
         "--no-contrastive-keep-graphs for the two passes",
     )
+    require(
+        not config.loss.contrastive_keep_graphs or config.loss.contrastive_scope == "global",
+        f"loss.contrastive_keep_graphs with loss.contrastive_scope = {config.loss.contrastive_scope!r}: each "
+        "micro-batch would be contrasted for itself, and nothing be kept; set --contrastive-scope global, or "
+        "--no-contrastive-keep-graphs",
+    )
 
 
 def _check_interleaving(config: RunConfig, dp: int) -> None:

@@ -145,35 +145,37 @@ class Engine:
         with torch.no_grad():
             return self._schedule(forward_step, micro_batches, forward_only=True, whole_gradients=False)
 
-    def forward_backward_together(
+    def forward_backward_of_graphs(
         self,
         micro_batches: Sequence[PackedBatch],
-        loss_function: Callable[[list[LCLOutput]], tuple[Tensor, list[Any]]],
+        make_loss_function: Callable[[list[LCLOutput]], Callable[[int, LCLOutput], tuple[Tensor, Any]]],
         step: int,
         whole_gradients: bool = False,
     ) -> list[Any]:
-        """Run all micro-batches forward, keep their activations, and differentiate one loss of all outputs.
+        """Run all micro-batches forward, keep their activations, and differentiate them one after the other.
 
+        One backward pass of all micro-batches would add up their gradients in the parameters' dtype; like this they
+        are added in float32, and the activations of each are free behind it.
         Needs the whole line of layers on this rank, in one stage.
 
         Args:
             micro_batches: this rank's micro-batches, in order.
-            loss_function: takes the outputs of all micro-batches; returns the loss to differentiate, divided by global
-                counts already, and what to report for each micro-batch.
+            make_loss_function: takes the outputs of all micro-batches; returns what ``forward_backward`` calls.
             step: optimizer step, seeds drop-path.
             whole_gradients: as in ``forward_backward``.
 
         Returns:
-            What ``loss_function`` reported.
+            What the loss function reported for each micro-batch.
         """
+        (chunk,) = self.chunks
+        outputs = [chunk(self._on_device(micro_batch, chunk), step) for micro_batch in micro_batches]
+        loss_function = make_loss_function(outputs)
 
-        def forward_step(_: Any, chunk: DistributedDataParallel) -> tuple[Any, Callable[[Any], Any]]:
-            outputs = [chunk(self._on_device(micro_batch, chunk), step) for micro_batch in micro_batches]
-            return outputs, partial(self._loss_and_report, loss_function)
+        def forward_step(batches: Any, _: DistributedDataParallel) -> tuple[Any, Callable[[Any], Any]]:
+            index, _micro_batch = next(batches)
+            return outputs[index], partial(self._loss_and_report, partial(loss_function, index))
 
-        # To the schedule it is one micro-batch, so gradients are reduced once, after the one backward pass.
-        (reports,) = self._schedule(forward_step, micro_batches[:1], False, whole_gradients)
-        return reports
+        return self._schedule(forward_step, micro_batches, forward_only=False, whole_gradients=whole_gradients)
 
     def _schedule(
         self,

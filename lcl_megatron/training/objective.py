@@ -12,7 +12,7 @@ Which pairs are contrasted with each other is ``contrastive_scope``:
 | ``micro_batch``, or one micro-batch | forward and backward of each micro-batch |
 | ``global`` | 1. forward of all micro-batches, without a graph; 2. one contrast of all features x, y; 3. forward and |
 |  | backward of each micro-batch with <dL/dx, x> + <dL/dy, y>, which has the contrast's gradient if not its value |
-| ``global``, ``contrastive_keep_graphs`` | forward of all micro-batches, one contrast, one backward |
+| ``global``, ``contrastive_keep_graphs`` | forward of all micro-batches, one contrast, backward of each |
 
 The two forward passes of ``global`` give the same features: there is no dropout, and drop-path is a hash of step and
 image. Cached gradients of a contrastive loss: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory
@@ -48,7 +48,7 @@ class LossOutput:
     contrast: ContrastiveOutput | None
     """Retrieval hits and features. Where all micro-batches are contrasted at once, the last one reports for all."""
     logit_scale: Tensor
-    """Scalar, log of the inverse temperature."""
+    """Scalar, log of the inverse temperature that the step's contrast used."""
     latent_regression_loss: Tensor | None = None
     """Scalar: this share of the global mean over pairs; None while the regression is off."""
 
@@ -114,20 +114,6 @@ class Objective:
         value = self._mean_over_pairs(self.contrast.output) if is_last else torch.zeros_like(surrogate)
         return self._weighted(output, micro_batch, surrogate, value, reported)
 
-    def together(self, outputs: Sequence[LCLOutput]) -> tuple[Tensor, list[LossOutput]]:
-        """Return the loss of all micro-batches, whose pairs are all contrasted with each other, and its parts."""
-        contrast = self._contrast(outputs, range(len(outputs)))
-        contrastive = self._mean_over_pairs(contrast)
-        nothing = torch.zeros_like(contrastive)
-        last = len(outputs) - 1
-        shares = [
-            self._weighted(output, index, contrastive, contrastive, contrast)
-            if index == last
-            else self._weighted(output, index, nothing, nothing, None)
-            for index, output in enumerate(outputs)
-        ]
-        return torch.stack([total for total, _ in shares]).sum(), [parts for _, parts in shares]
-
     def contrast_of_features(self, features: Sequence[LCLOutput]) -> GlobalContrast:
         """Contrast all pairs of the step.
 
@@ -137,11 +123,7 @@ class Objective:
         Parallel: collective over dp.
         """
         leaves = [
-            dataclasses.replace(
-                output,
-                pooled_ND=output.pooled_ND.detach().requires_grad_(),
-                context_ND=output.context_ND.detach().requires_grad_(),
-            )
+            dataclasses.replace(output, pooled_ND=_leaf(output.pooled_ND), context_ND=_leaf(output.context_ND))
             for output in features
         ]
         logit_scale = features[0].logit_scale.detach().requires_grad_()
@@ -195,7 +177,9 @@ class Objective:
         generation = output.token_losses_K.sum() / max(1, self.agreed.layout.num_targets)
         total = self.loss.generation_loss_weight * generation + self.loss.contrastive_loss_weight * contrastive
         whole_generation = sum_over_context_parallel(generation, self.groups)
-        parts = LossOutput(whole_generation, reported.detach(), contrast, output.logit_scale.detach())
+        # A copy: the parameter changes before this is read, and with overlap_param_gather not on all ranks at once.
+        logit_scale = output.logit_scale.detach().clone()
+        parts = LossOutput(whole_generation, reported.detach(), contrast, logit_scale)
         if output.latent_errors_N is None:
             return total, parts
         regression = self._latent_regression(micro_batch, output.latent_errors_N)
@@ -206,6 +190,12 @@ class Objective:
         """Return this micro-batch's share of the mean error over the images that are contrasted."""
         is_pair_N = self.agreed.micro_batches[micro_batch].pair_mask.to(errors_N.device)
         return errors_N.masked_fill(~is_pair_N, 0.0).sum() / max(1, self.agreed.num_pairs)
+
+
+def _leaf(features_ND: Tensor) -> Tensor:
+    """Return features to differentiate by, in at least float32: their gradient is rounded once, behind the weights."""
+    dtype = torch.promote_types(features_ND.dtype, torch.float32)
+    return features_ND.detach().to(dtype).requires_grad_()
 
 
 def losses_and_gradients(engine: Engine, agreed: AgreedStep, whole_gradients: bool = False) -> list[LossOutput]:
@@ -226,9 +216,12 @@ def losses_and_gradients(engine: Engine, agreed: AgreedStep, whole_gradients: bo
     is_global = loss.contrastive_scope == "global" and loss.contrastive_loss_weight > 0
     if not is_global or len(micro_batches) == 1:
         return engine.forward_backward(micro_batches, objective, step, whole_gradients=whole_gradients)
+
+    def objective_of(features: list[LCLOutput]) -> Objective:
+        return Objective(loss, agreed, engine.groups, objective.contrast_of_features(features))
+
     if loss.contrastive_keep_graphs:
-        return engine.forward_backward_together(micro_batches, objective.together, step, whole_gradients)
+        return engine.forward_backward_of_graphs(micro_batches, objective_of, step, whole_gradients)
     features = engine.features(micro_batches, step)
-    contrast = objective.contrast_of_features(features) if engine.has_losses else None
-    objective = Objective(loss, agreed, engine.groups, contrast)
-    return engine.forward_backward(micro_batches, objective, step, whole_gradients=whole_gradients)
+    whole = objective_of(features) if engine.has_losses else objective
+    return engine.forward_backward(micro_batches, whole, step, whole_gradients=whole_gradients)

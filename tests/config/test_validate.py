@@ -149,6 +149,20 @@ def test_default_config_is_valid_on_any_fitting_number_of_processes() -> None:
             ],
         ),
         (
+            {
+                "parallel__pipeline_model_parallel_size": 2,
+                "loss__contrastive_keep_graphs": True,
+                "loss__contrastive_scope": "global",
+            },
+            2,
+            ["loss.contrastive_keep_graphs", "parallel.pipeline_model_parallel_size = 2", "the pipeline frees"],
+        ),
+        (
+            {"loss__contrastive_keep_graphs": True, "loss__contrastive_scope": "micro_batch"},
+            1,
+            ["loss.contrastive_keep_graphs", "loss.contrastive_scope = 'micro_batch'", "--contrastive-scope global"],
+        ),
+        (
             {"parallel__context_parallel_size": 4, "data__seq_length": 2044},
             4,
             [

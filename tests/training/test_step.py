@@ -192,3 +192,27 @@ def test_drop_path_of_a_step_depends_on_the_step(corpus: Path) -> None:
             for step in (0, 1, 0)
         ]
     assert losses[0] == losses[2] != losses[1]
+
+
+def test_kept_graphs_add_up_gradients_in_float32(corpus: Path) -> None:
+    """Oracle: two passes, which compute each micro-batch's gradient in bf16 from the same features, bit for bit."""
+    found = []
+    for keep_graphs in (False, True):
+        loss = {"contrastive_scope": "global", "contrastive_keep_graphs": keep_graphs}
+        training = {"precision": "bf16", "micro_batch_size": 1}
+        with run_from(small_config(corpus, loss=loss, training=training, optimizer={"lr": 1e-30})) as run:
+            train_step(run, next(iter(run.loader)))
+            found.append({name: p.main_grad.clone() for name, p in run.engine.model.named_parameters()})
+    assert {gradient.dtype for gradient in found[1].values()} == {torch.float32}
+    for name, gradient in found[0].items():
+        assert torch.equal(found[1][name], gradient), name
+
+
+def test_the_temperature_of_a_report_is_that_of_the_loss(corpus: Path) -> None:
+    """And not what the optimizer makes of it, which ranks that gather parameters late do not know yet."""
+    with run_from(small_config(corpus, optimizer={"lr": 0.1})) as run:
+        parameter = run.engine.model.logit_scale
+        before = float(parameter.detach()[0])
+        result = train_step(run, next(iter(run.loader)))
+        assert float(parameter.detach()[0]) != pytest.approx(before, abs=1e-3)
+    assert float(result.losses[-1].logit_scale) == before
