@@ -1,14 +1,14 @@
 """What the contrast of the whole global batch costs, and what layouts cost, on a CPU.
 
 python benchmarks/scopes.py            a small model, eight runs, each several times
-python benchmarks/scopes.py --quick    seconds, at sizes that say nothing
+python benchmarks/scopes.py --quick    a minute or two, for starting processes; at sizes that say nothing
 
 All runs train the same model on the same global batches. ``scope_time_ratio`` is the time of a step with
-``contrastive_scope = global`` over that with ``micro_batch``, for several micro-batches: 4/3 is expected, because of a
-second forward pass. ``keep_graphs_time_ratio`` is the same where activations are kept instead, and
-``one_micro_batch_ratio`` the same with one micro-batch; both should be 1. ``layout_ratio`` is the processor time of all
-ranks of a layout over that of one process, scope ``global`` in both; ranks share the machine's cores, so their wall
-time says little.
+``contrastive_scope = global`` over that with ``micro_batch``, for several micro-batches: at most 4/3 is expected,
+because of a second forward pass, which leaves out the vocabulary. ``keep_graphs_time_ratio`` is the same where
+activations are kept instead, and ``one_micro_batch_ratio`` the same with one micro-batch; both should be 1.
+``layout_ratio`` is the processor time of all ranks of a layout over that of one process, scope ``global`` in both;
+ranks share the machine's cores, so their wall time says little.
 
 Every run has processes of its own, over gloo, one thread each. Runs take turns (A B C A B C ...); of each, the median
 step counts, summed over its ranks, and of that the least of all repetitions: others may be using the machine. Times are
@@ -81,7 +81,11 @@ def launch(ranks: int, case: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         arguments = [str(SCRIPT), json.dumps(case | {"folder": folder})]
-        subprocess.run([*launcher, *arguments], check=True, env=environment, stdout=subprocess.DEVNULL)
+        finished = subprocess.run([*launcher, *arguments], env=environment, capture_output=True, text=True)
+        if finished.returncode:
+            # Every run logs its configuration, which is worth reading only where one fails.
+            sys.stderr.write(finished.stderr)
+            finished.check_returncode()
         reports = [json.loads((Path(folder) / f"{rank}.json").read_text(encoding="ascii")) for rank in range(ranks)]
     summed = {
         key: [sum(values) for values in zip(*(report[key] for report in reports), strict=True)]
@@ -101,8 +105,9 @@ def measure(flags: Flags, corpus: Path) -> dict[str, dict[str, Any]]:
     names = ("steps", "rows", "micro_batch_size", "width", "layers")
     case = {"corpus": str(corpus)} | {name: getattr(flags, name) for name in names}
     results: dict[str, dict[str, Any]] = {}
-    for _ in range(flags.repeats):
+    for turn in range(flags.repeats):
         for name, (ranks, changes) in flags.runs().items():
+            print(f"turn {turn + 1} of {flags.repeats}: {name}", file=sys.stderr, flush=True)
             seen = launch(ranks, case | changes)
             known = results.setdefault(name, seen)
             for key in ("cpu_ms", "wall_ms"):
