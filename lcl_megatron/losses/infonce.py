@@ -58,16 +58,16 @@ def streamed_lse(
         columns_TD = columns_GD[begin : begin + tile]
         excluded = _excluded(valid_G, left_out, (begin, tile), num_rows)
         for first in range(0, num_rows, block):
-            part = slice(first, first + block)
+            in_block = slice(first, first + block)
             # A finite floor, not -inf: the difference of two -inf would be NaN.
-            scores_MT = _product(scaled_MD[part], columns_TD, scores).masked_fill_(excluded[part], lowest)
+            scores_MT = _product(scaled_MD[in_block], columns_TD, scores).masked_fill_(excluded[in_block], lowest)
             tile_max_M, tile_best_M = scores_MT.max(dim=1)
-            best_M[part] = torch.where(tile_max_M > max_M[part], tile_best_M + begin, best_M[part])
-            new_max_M = torch.maximum(max_M[part], tile_max_M)
+            best_M[in_block] = torch.where(tile_max_M > max_M[in_block], tile_best_M + begin, best_M[in_block])
+            new_max_M = torch.maximum(max_M[in_block], tile_max_M)
             # While no column is valid, each adds exp(0); what it adds is gone with the first valid one.
             tile_sum_M = scores_MT.sub_(new_max_M[:, None]).exp_().sum(dim=1)
-            sum_M[part] = sum_M[part] * (max_M[part] - new_max_M).exp() + tile_sum_M
-            max_M[part] = new_max_M
+            sum_M[in_block] = sum_M[in_block] * (max_M[in_block] - new_max_M).exp() + tile_sum_M
+            max_M[in_block] = new_max_M
     return (max_M + sum_M.log()).masked_fill_(best_M < 0, -torch.inf), best_M
 
 
@@ -109,16 +109,16 @@ def streamed_gradient(
     size = min(block, num_rows) * min(tile, columns_GD.shape[0])
     scores, weights = rows_MD.new_empty(size), rows_MD.new_empty(size)
     for begin in range(0, columns_GD.shape[0], tile):
-        part = slice(begin, begin + tile)
-        columns_TD, column_lse_T = columns_GD[part], column_lse_G[part]
+        in_tile = slice(begin, begin + tile)
+        columns_TD, column_lse_T = columns_GD[in_tile], column_lse_G[in_tile]
         excluded = _excluded(column_valid_G, left_out, (begin, tile), num_rows)
         for first in range(0, num_rows, block):
-            own = slice(first, first + block)
-            scores_MT = _product(scaled_MD[own], columns_TD, scores).masked_fill_(excluded[own], -torch.inf)
+            in_block = slice(first, first + block)
+            scores_MT = _product(scaled_MD[in_block], columns_TD, scores).masked_fill_(excluded[in_block], -torch.inf)
             weights_MT = weights[: scores_MT.numel()].view(scores_MT.shape)
-            torch.sub(scores_MT, row_lse_M[own, None], out=weights_MT).exp_()
+            torch.sub(scores_MT, row_lse_M[in_block, None], out=weights_MT).exp_()
             weights_MT += scores_MT.sub_(column_lse_T).exp_()
-            pull_MD[own].addmm_(weights_MT, columns_TD)
+            pull_MD[in_block].addmm_(weights_MT, columns_TD)
     return pull_MD.masked_fill_(~row_valid_M[:, None], 0.0)
 
 

@@ -76,9 +76,9 @@ class ZigZag:
         """
         documents = cu_seqlens.numpy().astype(np.int64)
         end = int(documents[-1])
-        pieces = np.unique(np.concatenate([documents, np.arange(0, end, self.chunk_length)]))
-        owned = self.owner(torch.from_numpy(pieces[:-1])).numpy() == rank
-        begins, ends = pieces[:-1][owned], pieces[1:][owned]
+        borders = np.unique(np.concatenate([documents, np.arange(0, end, self.chunk_length)]))
+        owned = self.owner(torch.from_numpy(borders[:-1])).numpy() == rank
+        begins, ends = borders[:-1][owned], borders[1:][owned]
         key_begins = documents[np.searchsorted(documents, begins, side="right") - 1]
         queries, keys = ends - begins, ends - key_begins
         key_borders = np.append(0, keys.cumsum())
