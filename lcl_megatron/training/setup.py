@@ -119,7 +119,7 @@ def _build(config: RunConfig, plan: Plan, groups: ProcessGroups) -> Run:
             groups.world_size,
             groups.tp_size,
             groups.pp_size,
-            f" (of {len(engine.chunks)} stages each)" if len(engine.chunks) > 1 else "",
+            f" ({len(engine.chunks)} stages on each rank)" if len(engine.chunks) > 1 else "",
             groups.cp_size,
             groups.dp_size,
             sum(map(count_parameters, engine.models)) / 1e6,
