@@ -183,10 +183,10 @@ class LossConfig:
     """Weight of the next-token loss. 0 = contrast only."""
     latent_regression_loss_weight: float = 0.0
     """Weight of the regression of image latents from what precedes them (Emu's objective, a baseline that collapses).
-    0 = off, at no cost. Needs ``pipeline_model_parallel_size`` 1."""
+    0 = off, at no cost. Needs ``pipeline_model_parallel_size`` and ``context_parallel_size`` 1."""
     contrastive_scope: Literal["micro_batch", "global"] = "micro_batch"
     """Which images are each other's negatives: those of one micro-batch on all data-parallel ranks, or those of the
-    whole global batch. With more than one micro-batch ``global`` runs the forward pass twice, about 4/3 of the time;
+    whole global batch. With more than one micro-batch ``global`` runs the forward pass twice, up to 4/3 of the time;
     with one, both are the same."""
     contrastive_keep_graphs: bool = False
     """``global`` scope in one pass: keep the activations of all micro-batches until the loss is known, instead of the

@@ -44,7 +44,7 @@ def context_hashes(
         position_ids: (T,) int64, from 0 at the begin of every document.
         contexts: (k,) int64, flat position of the ``<BoI>`` before each image.
         file_hashes: (k,) uint64, what the images show.
-        special_tokens: Those of the tokens.
+        special_tokens: ids of BOS, EOS and padding, which are no content.
 
     Returns:
         (k,) int64, ``EMPTY_CONTEXT`` where no text and no image stands before the image.

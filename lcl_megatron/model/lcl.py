@@ -63,7 +63,8 @@ class LCLOutput:
     logit_scale: Tensor
     """Scalar float32, log of the inverse temperature."""
     latent_errors_N: Tensor | None = None
-    """(N,) float32, mean squared error of each image slot's latents; None while their regression is off."""
+    """(N,) float32, mean squared error of each image slot's latents; None while their regression is off, and where only
+    features were asked for."""
 
 
 class LCLModel(MegatronModule):

@@ -1,6 +1,7 @@
 """Selective recomputation: outputs that are cheap to make again are not kept for the backward pass.
 
-What one layer of width C keeps per token, in units of C (measured by ``benchmarks/activations.py``):
+What one layer of width C with an MLP of width 4 C keeps per token, in units of C (measured by
+``benchmarks/activations.py``):
 
 | kept | GELU, LayerScale | ReLU | to make it again |
 |---|---:|---:|---|
@@ -13,8 +14,8 @@ What one layer of width C keeps per token, in units of C (measured by ``benchmar
 | **output of the MLP activation** | 4 | 4 | one pass over memory; for ReLU there is nothing to make it from |
 
 ``selective`` drops what one pass over memory brings back, in bold: 6 of 18 for a ViT, 2 of 12 for an OPT (13 on a
-CPU, where documents attend one by one and their outputs are kept alone and side by side). The products' inputs are
-worth less per byte: 2 C operations for every value.
+CPU, where documents attend one by one and their outputs are kept alone and side by side). The outputs of products
+are worth less per byte: to make one again takes 2 C operations for every value.
 megatron-core's usual choice, core attention, would gain nothing: no attention used here keeps its scores, its inputs
 are kept in either case, and its output is the next product's input.
 

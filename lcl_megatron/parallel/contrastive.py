@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lcl_megatron.data.slot_hashes import EMPTY_CONTEXT
 from lcl_megatron.losses.false_negatives import LeftOut, SlotClasses, alone_unless, find_classes
 from lcl_megatron.losses.infonce import streamed_gradient, streamed_lse
 from lcl_megatron.parallel.collectives import gather_rows, pad_rows
@@ -34,10 +35,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PairSlots:
-    """The contrastive slots of one micro-batch on all data-parallel ranks; equal on all ranks, known on the host."""
+    """The slots that are contrasted together, of one micro-batch or several, on all data-parallel ranks.
+
+    Equal on all ranks, known on the host.
+    """
 
     num_slots: Sequence[int]
-    """Slots of each rank of the group. A rank without images may have a blank slot or none."""
+    """Slots of each rank of the group. A micro-batch without images may have a blank slot or none."""
     is_pair: Tensor
     """(sum(num_slots),) bool, rank after rank: whether the slot's image and context are contrasted. On the host:
     it is copied to the device of the features."""
@@ -57,7 +61,7 @@ class SlotIdentity:
     image_N: Tensor
     """(N,) int64, not negative: equal where the image is the same. Of a slot that is no pair it does not matter."""
     context_N: Tensor
-    """(N,) int64, not negative: equal where the context is the same; 0 = an empty context."""
+    """(N,) int64, not negative: equal where the context is the same; ``EMPTY_CONTEXT`` where it is empty."""
     mask_same_image: bool = False
     """Leave out of a pair's negatives the other pairs with the same image."""
     mask_same_context: bool = False
@@ -108,9 +112,9 @@ class Repeats:
 
 @dataclass(frozen=True)
 class ContrastiveOutput:
-    """One rank's share of the contrastive loss of a micro-batch, as sums over this rank's valid pairs.
+    """One rank's share of the loss of all pairs that are contrasted together, as sums over this rank's valid pairs.
 
-    Divide by the pairs of the whole global batch, and sum over micro-batches and data-parallel ranks.
+    Divide by the pairs of the whole global batch, and sum over contrasts of the step and data-parallel ranks.
     """
 
     loss_sum: Tensor
@@ -210,7 +214,7 @@ def _find_repeats(
     repeats = Repeats(
         same_image=repeated(images),
         same_context=repeated(contexts),
-        empty_context=(is_pair_G[own] & (context_G[own] == 0)).sum(),
+        empty_context=(is_pair_G[own] & (context_G[own] == EMPTY_CONTEXT)).sum(),
         left_out=is_pair_G.new_zeros((), dtype=torch.int64) if left_out is None else left_out.count().sum(),
     )
     return repeats, left_out

@@ -9,8 +9,8 @@ micro-batch from stage to stage. What it holds depends on the piece that the nex
 | ``language.embed`` | image latents, N * L, then pooled latents, N | H |
 | ``language.I``, ``heads`` | hidden states, T_language (this rank's part), then pooled latents, N | H |
 
-N and T are this rank's part: the images that it encodes and the positions that it holds under context parallelism, of
-T its rows under sequence parallelism.
+N and T count this rank's part only: under context parallelism the images that it encodes and the positions that it
+holds; under sequence parallelism, of T, the rows that it holds.
 
 Pooled latents are extra rows that no layer touches: they are born at the pool and contrasted on the last stage.
 Image counts differ between micro-batches, and so do shapes; every stage knows them from the plan, so none are

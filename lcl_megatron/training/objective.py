@@ -9,7 +9,7 @@ Which pairs are contrasted with each other is ``contrastive_scope``:
 
 | scope | passes |
 |---|---|
-| ``micro_batch``, or one micro-batch | forward and backward of each micro-batch |
+| ``micro_batch``; one micro-batch; no weight | forward and backward of each micro-batch |
 | ``global`` | 1. forward of all micro-batches, without a graph; 2. one contrast of all features x, y; 3. forward and |
 |  | backward of each micro-batch with <dL/dx, x> + <dL/dy, y>, which has the contrast's gradient if not its value |
 | ``global``, ``contrastive_keep_graphs`` | forward of all micro-batches, one contrast, backward of each |
@@ -67,9 +67,9 @@ class GlobalContrast:
     """Scalar: this rank's share of the derivative by ``logit_scale``."""
 
     def surrogate(self, micro_batch: int, output: LCLOutput) -> Tensor:
-        """Return a scalar whose gradient by the model's output is that of the contrastive loss; its value is none.
+        """Return a scalar whose gradient by the model's output is that of the contrastive loss.
 
-        The temperature's gradient comes with micro-batch 0.
+        Its value means nothing. The temperature's gradient comes with micro-batch 0.
         """
         gradients = self.pooled_gradients[micro_batch], self.context_gradients[micro_batch]
         features = output.pooled_ND, output.context_ND
@@ -119,6 +119,9 @@ class Objective:
 
         Args:
             features: for each micro-batch, pooled latents, context features and temperature.
+
+        Returns:
+            The loss and its derivatives by the features of this rank, which need no graph of the model.
 
         Parallel: collective over dp.
         """
