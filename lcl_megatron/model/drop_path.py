@@ -9,7 +9,8 @@ generator to save, and a recomputed forward pass and every tensor-parallel rank 
   which is computed for them alone. Every image is kept with probability M / N and scaled by N / M, so that the mean is
   that of no drop-path. M depends on N only: shapes are known without waiting for the device. But which images are
   kept depends on the others of the micro-batch: another micro-batch size, or number of data- or context-parallel ranks,
-  trains a little differently, as another seed would. With few images M is coarse: below N = 1 / (2 rate) nothing is dropped.
+  trains a little differently, as another seed would. With few images M is coarse: below N = 1 / (2 rate) nothing is
+  dropped.
   Reference: Oquab et al., "DINOv2" (arXiv:2304.07193), section 5.
 """
 
