@@ -114,6 +114,9 @@ def _rank_main(
         dist.init_process_group(
             "gloo", store=shared, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
         )
+        # Nobody may leave, as a function without communication would at once, while others still connect to it.
+        shared.set(f"connected {rank}", "")
+        shared.wait([f"connected {other}" for other in range(world_size)], timedelta(seconds=timeout))
         message = pickle.dumps((True, fn(rank, world_size, *args)))
     except BaseException:  # SystemExit and pytest's outcomes too: the parent must hear of them
         connection.send_bytes(pickle.dumps((False, traceback.format_exc())))
