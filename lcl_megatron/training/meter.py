@@ -100,7 +100,7 @@ class Meter:
         is_last_stage = run.engine.has_losses
         sums = torch.cat([self.sums, self._features(result) if is_last_stage else self.sums.new_zeros(_FEATURES)])
         totals = sum_over_data_parallel(sums, run.engine.groups, is_last_stage)
-        sums_by_name = dict(zip(_SUM_NAMES, totals, strict=False))
+        sums_by_name = dict(zip(_SUM_NAMES, totals[:_SUMS], strict=True))
         per_step = {name: value / self.steps for name, value in sums_by_name.items()}
         generation, contrastive = per_step["generation"], per_step["contrastive"]
         weights, ranks = run.config.loss, run.engine.groups.dp_size

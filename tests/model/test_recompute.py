@@ -21,16 +21,8 @@ from lcl_megatron.model.specs import Runtime
 from lcl_megatron.model.vision import VisionTower
 from tests.batches import make_rows
 from tests.model import plain
+from tests.model.test_vision import VISION
 
-VISION = VisionConfig(
-    image_size=12,
-    patch_size=4,
-    num_layers=3,
-    hidden_size=24,
-    ffn_hidden_size=40,
-    num_attention_heads=3,
-    drop_path_rate=0.6,
-)
 LANGUAGE = LanguageConfig(
     num_layers=3,
     hidden_size=24,
@@ -102,17 +94,20 @@ def _two_micro_batches(forward: Forward, tower: nn.Module, tokens: int) -> list[
     return [*(output.detach() for output in outputs), *gradients]
 
 
+def _assert_equal(keeping: tuple[nn.Module, Forward], recomputing: tuple[nn.Module, Forward], tokens: int) -> None:
+    """Both towers must give the same bits, outputs and gradients."""
+    results = [_two_micro_batches(forward, tower, tokens) for tower, forward in (keeping, recomputing)]
+    assert all(torch.equal(found, expected) for found, expected in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 @pytest.mark.parametrize("drop_path_mode", ["mask", "subset"])
 def test_vision_gradients_are_those_of_a_tower_that_keeps_everything(
     drop_path_mode: Any, mode: dict[str, Any], runtime: Runtime
 ) -> None:
     keeping = dataclasses.replace(VISION, drop_path_mode=drop_path_mode)
-    results = []
-    for vision in (keeping, dataclasses.replace(keeping, **mode)):
-        tower, forward = _vision(vision, runtime)
-        results.append(_two_micro_batches(forward, tower, len(KEYS) * TOKENS))
-    assert all(torch.equal(found, expected) for found, expected in zip(*results, strict=True))
+    recomputing = dataclasses.replace(keeping, **mode)
+    _assert_equal(_vision(keeping, runtime), _vision(recomputing, runtime), len(KEYS) * TOKENS)
 
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
@@ -121,11 +116,8 @@ def test_language_gradients_are_those_of_a_tower_that_keeps_everything(
     activation: Any, mode: dict[str, Any], runtime: Runtime
 ) -> None:
     keeping = dataclasses.replace(LANGUAGE, activation=activation)
-    results = []
-    for language in (keeping, dataclasses.replace(keeping, **mode)):
-        tower, forward = _language(language, runtime)
-        results.append(_two_micro_batches(forward, tower, 32))
-    assert all(torch.equal(found, expected) for found, expected in zip(*results, strict=True))
+    recomputing = dataclasses.replace(keeping, **mode)
+    _assert_equal(_language(keeping, runtime), _language(recomputing, runtime), 32)
 
 
 def _floats_per_token(granularity: str, tower: VisionConfig | LanguageConfig) -> tuple[int, int]:
