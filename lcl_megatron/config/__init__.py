@@ -5,6 +5,7 @@ from lcl_megatron.config.model import LanguageConfig, LossConfig, PoolConfig, Vi
 from lcl_megatron.config.run import (
     CheckpointConfig,
     DataConfig,
+    GuardConfig,
     LoggingConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -16,6 +17,7 @@ __all__ = [
     "CheckpointConfig",
     "ConfigError",
     "DataConfig",
+    "GuardConfig",
     "LanguageConfig",
     "LoggingConfig",
     "LossConfig",

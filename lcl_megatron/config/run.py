@@ -248,12 +248,69 @@ class CheckpointConfig:
     but the vision tower, keeps its random start. A run that continues from a checkpoint ignores it."""
     save_interval: int = 1000
     """Steps between checkpoints; one is also written at the end."""
+    async_save: bool = True
+    """A process beside each rank writes checkpoints while training goes on, which waits only for the copy to host
+    memory (and for an earlier checkpoint that is not finished yet). Off = training waits until it is on disk."""
+    keep_last: int = 0
+    """Keep only so many of the newest checkpoints in ``save``; 0 = all."""
+    keep_every: int = 0
+    """Keep for good those whose step is a multiple of this, whatever ``keep_last`` says; 0 = none."""
+    on_save_error: Literal["continue", "stop"] = "continue"
+    """When a checkpoint cannot be written (disk full, no permission): ``continue`` = say so, train on and try again
+    after the next interval; ``stop`` = end the run. The one before stays whole either way, and a run whose last
+    checkpoint failed ends with an error."""
+    save_timeout_minutes: float = 30.0
+    """A checkpoint that is not written within this time has failed."""
+    verify_checkpoint: bool = True
+    """Before a checkpoint is loaded, read all its files, a share on each rank, and compare them with its manifest."""
     allow_data_change: bool = False
     """Continue a checkpoint on other data, or with another seed or composition of rows: weights, optimizer and step go
     on, the new data begin with their first row. Without it such a run is refused."""
 
     def __post_init__(self) -> None:
         require_positive(self, "checkpoint", "save_interval")
+        for name in ("keep_last", "keep_every"):
+            value = getattr(self, name)
+            require(value >= 0, f"checkpoint.{name} = {value}; it must not be negative")
+        require(
+            self.save_timeout_minutes > 0,
+            f"checkpoint.save_timeout_minutes = {self.save_timeout_minutes}; it must be positive",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What watches a run: numbers that go wrong, ranks that hang, are slow or differ, and what was read."""
+
+    max_skipped_steps: int = 10
+    """A step whose loss or gradient is not finite on any rank changes no weight on any rank; after so many in a row the
+    run stops. 0 = it stops at the first."""
+    spike_threshold: float = 0.0
+    """Also skip a step whose gradient norm is more than so many median absolute deviations above the median of the last
+    ``spike_window`` steps that were taken; 0 = never. 20 is far beyond what a healthy run shows."""
+    spike_window: int = 128
+    """Steps that a gradient norm is compared with; skipped ones are not among them."""
+    compare_replicas_interval: int = 0
+    """Steps between comparisons of the weights' hashes over data-parallel ranks, which must be equal: a difference is
+    silent data corruption and ends the run, naming the rank; 0 = never."""
+    hang_minutes: float = 5.0
+    """When a rank gets no further for so long, ranks write the stacks of their threads, and which ranks are behind;
+    0 = never. A collective ends after ``parallel.distributed_timeout_minutes``, and with it the run."""
+    straggler_ratio: float = 1.5
+    """At each report, name ranks whose own work takes so many times the median over all ranks; 0 = never."""
+    ledger_dir: str = ""
+    """Folder for the ledger: each data-parallel rank records which rows it trained on at every step, and
+    ``tools/check_ledger.py`` proves that none was lost or repeated; empty = none is kept."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_skipped_steps", "spike_threshold", "compare_replicas_interval", "hang_minutes"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"guard.{name} = {value}; it must be finite and not negative")
+        require(self.spike_window >= 8, f"guard.spike_window = {self.spike_window}; a median needs at least 8 steps")
+        require(
+            self.straggler_ratio == 0 or 1 < self.straggler_ratio < math.inf,
+            f"guard.straggler_ratio = {self.straggler_ratio}; give 0, or more than 1 times the median",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,5 +351,7 @@ class RunConfig:
     """Layout."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """Watching over the run."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Reports."""

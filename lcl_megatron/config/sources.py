@@ -20,6 +20,7 @@ from lcl_megatron.config.model import LanguageConfig, LossConfig, PoolConfig, Vi
 from lcl_megatron.config.run import (
     CheckpointConfig,
     DataConfig,
+    GuardConfig,
     LoggingConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -51,6 +52,7 @@ class _CommandLine(_Files):
     optimizer: Annotated[OptimizerConfig, _NoPrefix]
     parallel: Annotated[ParallelConfig, _NoPrefix]
     checkpoint: Annotated[CheckpointConfig, _NoPrefix]
+    guard: Annotated[GuardConfig, _NoPrefix]
     logging: Annotated[LoggingConfig, _NoPrefix]
     loss: Annotated[LossConfig, _NoPrefix]
     vision: VisionConfig

@@ -1,14 +1,14 @@
-"""What all ranks must agree on before a step: which images could be decoded, and whether to stop after it.
+"""What all ranks must agree on before a step: which images could be decoded, and what some rank has to say to all.
 
 Only the ranks that read pixels know which images are bad; every rank must divide by the same counts and leave the same
-images out of the contrast. And all ranks must stop after the same step. One small reduction on the host carries both:
-one byte per image of the global batch, and one for the request to stop.
+images out of the contrast. And all ranks must stop, or complete a checkpoint, after the same step. One small reduction
+on the host carries it all: one byte per image of the global batch, and one for each of ``Word``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
@@ -17,6 +17,18 @@ import torch.distributed as dist
 from lcl_megatron.data.batch import PackedBatch, StepBatch, StepLayout
 from lcl_megatron.parallel.contrastive import PairSlots
 from lcl_megatron.parallel.groups import ProcessGroups
+
+
+@dataclass(frozen=True)
+class Word:
+    """What a rank has to say to all ranks at a step; agreed, each is true if it is true on some rank."""
+
+    stop: bool = False
+    """It was asked to stop: this step is the last."""
+    writing: bool = False
+    """Its part of a checkpoint is not on disk yet."""
+    write_failed: bool = False
+    """Its part of a checkpoint could not be written."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +43,8 @@ class AgreedStep:
     """This rank's micro-batches; bad images are blank and not ``image_ok``."""
     image_ok: np.ndarray
     """(all images,) bool, ordered as ``layout.has_context``."""
-    stop: bool
-    """Some rank was asked to stop: this step is the last."""
+    word: Word
+    """What some rank has to say."""
 
     @property
     def num_pairs(self) -> int:
@@ -71,19 +83,19 @@ def _ranges(begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.repeat(begins - before, lengths) + np.arange(lengths.sum())
 
 
-def agree(batch: StepBatch, groups: ProcessGroups, stop: bool = False) -> AgreedStep:
+def agree(batch: StepBatch, groups: ProcessGroups, word: Word | None = None) -> AgreedStep:
     """Return the step with every rank's decoding failures applied on every rank.
 
     Args:
         batch: this rank's part of the step.
         groups: process groups.
-        stop: this rank was asked to stop.
+        word: what this rank has to say; None = nothing.
 
     Parallel: one all-reduce of bytes over all ranks, on the host.
     """
     num_images = len(batch.layout.has_context)
-    flags = torch.zeros(num_images + 1, dtype=torch.uint8)
-    flags[num_images] = stop
+    said = torch.tensor(astuple(word or Word()), dtype=torch.uint8)
+    flags = torch.cat([torch.zeros(num_images, dtype=torch.uint8), said])
     ranges = [batch.layout.image_range(m, groups.dp_rank) for m in range(len(batch.micro_batches))]
     for (begin, end), micro_batch in zip(ranges, batch.micro_batches, strict=True):
         flags[begin:end] = ~micro_batch.image_ok[: micro_batch.num_images]
@@ -93,4 +105,5 @@ def agree(batch: StepBatch, groups: ProcessGroups, stop: bool = False) -> Agreed
         micro_batch.with_image_ok(image_ok[begin:end]) if end > begin else micro_batch
         for (begin, end), micro_batch in zip(ranges, batch.micro_batches, strict=True)
     )
-    return AgreedStep(batch.step, batch.layout, micro_batches, image_ok.numpy(), bool(flags[num_images]))
+    agreed = Word(*flags[num_images:].bool().tolist())
+    return AgreedStep(batch.step, batch.layout, micro_batches, image_ok.numpy(), agreed)

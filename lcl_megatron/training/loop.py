@@ -42,7 +42,7 @@ def train(run: Run) -> None:
         meter.add(result, batch, data_wait_s)
 
         step, last = run.progress.step, run.progress.step == config.training.train_iters
-        stop = result.agreed.stop or (config.logging.exit_interval and step % config.logging.exit_interval == 0)
+        stop = result.agreed.word.stop or (config.logging.exit_interval and step % config.logging.exit_interval == 0)
         if step % config.logging.log_interval == 0 or last or stop:
             run.logger.log(step, meter.report(watch.total))
         if step % config.checkpoint.save_interval == 0 or last or stop:
