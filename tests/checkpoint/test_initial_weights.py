@@ -21,8 +21,9 @@ from torch.nn import functional as F
 
 from lcl_megatron.checkpoint.convert.importing import ImportOptions, import_weights, only_parts
 from lcl_megatron.checkpoint.convert.official_file import Heads
-from lcl_megatron.checkpoint.folders import CheckpointError, step_folder
+from lcl_megatron.checkpoint.folders import step_folder
 from lcl_megatron.checkpoint.initial_weights import check_fit, load_initial_weights
+from lcl_megatron.checkpoint.manifest import CheckpointError
 from lcl_megatron.checkpoint.native import Trainable
 from lcl_megatron.checkpoint.parameters import parameter_shapes
 from lcl_megatron.checkpoint.reference_case import ReferenceCase

@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from lcl_megatron.checkpoint import native
 from lcl_megatron.checkpoint.export import export_weights
-from lcl_megatron.checkpoint.folders import CheckpointError, Progress
+from lcl_megatron.checkpoint.folders import Progress
+from lcl_megatron.checkpoint.manifest import CheckpointError
 from lcl_megatron.checkpoint.parameters import parameter_shapes
 from lcl_megatron.checkpoint.weights import ModelWeights, check_parameters, read_weights, write_weights
 from lcl_megatron.config import ConfigError, LanguageConfig, RunConfig

@@ -26,7 +26,8 @@ from lcl_megatron.checkpoint.convert.opt import from_opt
 from lcl_megatron.checkpoint.convert.timm_vit import from_timm, to_timm
 from lcl_megatron.checkpoint.convert.whole_model import from_whole_model
 from lcl_megatron.checkpoint.export import export_weights
-from lcl_megatron.checkpoint.folders import CheckpointError, Progress
+from lcl_megatron.checkpoint.folders import Progress
+from lcl_megatron.checkpoint.manifest import CheckpointError
 from lcl_megatron.checkpoint.model_card import figures
 from lcl_megatron.checkpoint.parameters import parameter_shapes
 from lcl_megatron.checkpoint.weights import ModelWeights, check_parameters, read_weights, write_weights
