@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lcl_megatron.checkpoint.manifest import STEP_FOLDER, CheckpointError, flush_to_disk
+from lcl_megatron.checkpoint.manifest import STEP_FOLDER, CheckpointError, DamagedCheckpointError, flush_to_disk
 from lcl_megatron.config import RunConfig
 from lcl_megatron.config.toml import from_toml
 
@@ -56,6 +56,7 @@ def read_config(checkpoint: Path) -> RunConfig:
 
     Raises:
         CheckpointError: the folder is no checkpoint.
+        ConfigError: the file holds another configuration than any of this version.
     """
     path = checkpoint / CONFIG_FILE
     if not path.is_file():
@@ -64,7 +65,10 @@ def read_config(checkpoint: Path) -> RunConfig:
             "stock library, such as an export, becomes a start for runs by "
             "tools/convert_checkpoint.py import FOLDER WEIGHTS"
         )
-    return from_toml(path.read_text(encoding="utf-8"), str(path))
+    try:
+        return from_toml(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise DamagedCheckpointError(f"{path} is no text: {error}") from error
 
 
 def commit_folder(staging: Path, final: Path) -> None:

@@ -46,7 +46,8 @@ class _Pending:
     """A checkpoint that is being written."""
 
     step: int
-    staging: Path
+    staging: Path | None
+    """None = it could not even be made."""
     began: float
     stall_s: float = 0.0
     """How long training stood still for it."""
@@ -107,10 +108,11 @@ class Saver:
             raise LeaseError(said["taken_over"])
         if said["exists"]:
             return
-        self._pending = pending = _Pending(step, Path(said["staging"]), began, error=said["error"])
+        self._pending = pending = _Pending(step, None, began, error=said["error"])
         if pending.error:
             self._give_up(pending)
             return
+        pending.staging = Path(said["staging"])
         try:
             self.writer.submit(pending.staging, make_images())
         except WriteError as error:
@@ -242,7 +244,7 @@ class Saver:
             self.writer.kill()
         own = f"{self._groups.describe()}: {pending.error}" if pending.error else ""
         reasons = "; ".join(dict.fromkeys(filter(None, self._groups.gather_texts(own))))
-        if self._groups.rank == 0:
+        if self._groups.rank == 0 and pending.staging is not None:
             shutil.rmtree(pending.staging, ignore_errors=True)
         message = f"the checkpoint of step {pending.step} could not be written to {self.root}: {reasons}"
         if self._config.on_save_error == "stop":

@@ -68,14 +68,11 @@ def write(shared: int, folder: str, files: list[tuple[str, int, int]]) -> dict[s
     """
     written: dict[str, list[Any]] = {}
     if files:
-        with (
-            mmap.mmap(shared, max(end for _, _, end in files), prot=mmap.PROT_READ) as memory,
-            memoryview(memory) as all_,
-        ):
-            for name, begin, end in files:
-                with all_[begin:end] as content:
-                    entry = write_file(Path(folder) / name, content)
-                written[name] = [entry.size, entry.sha256]
+        # Not closed by name: while an error is on its way, its traceback holds views of it.
+        memory = memoryview(mmap.mmap(shared, max(end for _, _, end in files), prot=mmap.PROT_READ))
+        for name, begin, end in files:
+            entry = write_file(Path(folder) / name, memory[begin:end])
+            written[name] = [entry.size, entry.sha256]
     return {"files": written}
 
 

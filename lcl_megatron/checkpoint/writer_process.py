@@ -105,8 +105,10 @@ class WriterProcess:
         end = None if timeout is None else time.monotonic() + timeout
         while b"\n" not in self._received:
             left = None if end is None else max(0.0, end - time.monotonic())
-            ready, _, _ = select.select([process.stdout], [], [], left)
-            if not ready:
+            # Not ``select``: it refuses descriptors above 1023, and a rank may have that many.
+            poll = select.poll()
+            poll.register(process.stdout, select.POLLIN)
+            if not poll.poll(None if left is None else 1000 * left):
                 return None
             received = os.read(process.stdout.fileno(), 1 << 16)
             if not received:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import runpy
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,6 +36,7 @@ from lcl_megatron.data.tokenizer import PIECES, Tokenizer
 from tests.checkpoint import runs
 from tests.checkpoint.random_weights import PROGRESS, random_weights, tiny_config
 from tests.checkpoint.runs import CONFIG, Layout
+from tests.distributed import run_distributed
 
 pytest.importorskip("huggingface_hub", reason="writes model cards")
 
@@ -353,13 +353,11 @@ def _save_in_another_layout(rank: int, world_size: int, config: RunConfig, sourc
 
 
 @pytest.mark.parametrize("config", [CONFIG, BF16], ids=["fp32", "bf16"])
-def test_layout_of_the_run_changes_no_bit_of_the_export(
-    config: RunConfig, run_saving: Callable[..., list[Any]], tmp_path: Path
-) -> None:
+def test_layout_of_the_run_changes_no_bit_of_the_export(config: RunConfig, tmp_path: Path) -> None:
     """One process against tensor parallel x pipeline parallel, with both copies of the tied matrix."""
     one, four = tmp_path / "one" / "step-00000002", tmp_path / "four" / "step-00000002"
-    run_saving(_train_and_save, 1, ONE.apply(config), one.parent)
-    run_saving(_save_in_another_layout, 4, TP2_PP2.apply(config), one, four.parent)
+    run_distributed(_train_and_save, 1, ONE.apply(config), one.parent)
+    run_distributed(_save_in_another_layout, 4, TP2_PP2.apply(config), one, four.parent)
     exports = []
     for checkpoint in (one, four):
         (checkpoint / "tokenizer.model").unlink()
