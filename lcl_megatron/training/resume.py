@@ -55,12 +55,14 @@ def _newest_whole(
     for checkpoint in checkpoints:
         damages = sorted({damage for damage in groups.gather_texts(_damage(checkpoint, config, groups)) if damage})
         if not damages:
+            if groups.rank == 0 and may_put_aside:
+                # Not before one is found that is whole: the next start would else find an empty folder, and begin anew.
+                for other in checkpoints[: len(damaged)]:
+                    _put_aside(other)
             return checkpoint
         damaged.append(f"{checkpoint} is damaged: {'; '.join(damages)}")
         if groups.rank == 0:
-            logger.error("%s; the one before is used", damaged[-1])
-            if may_put_aside:
-                _put_aside(checkpoint)
+            logger.error("%s; the one before is tried", damaged[-1])
     listed = "\n  ".join(damaged)
     raise DamagedCheckpointError(
         f"no checkpoint is whole:\n  {listed}\nthe run does not begin anew by itself: copy one of them back, or start "
