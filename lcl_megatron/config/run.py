@@ -252,7 +252,7 @@ class CheckpointConfig:
     """A process beside each rank writes checkpoints while training goes on, which waits only for the copy to host
     memory (and for an earlier checkpoint that is not finished yet). Off = training waits until it is on disk."""
     keep_last: int = 0
-    """Keep only so many of the newest checkpoints in ``save``; 0 = all."""
+    """Keep only so many of the newest checkpoints in ``save``, at least 2; 0 = all."""
     keep_every: int = 0
     """Keep for good those whose step is a multiple of this, whatever ``keep_last`` says; 0 = none."""
     on_save_error: Literal["continue", "stop"] = "continue"
@@ -272,6 +272,10 @@ class CheckpointConfig:
         for name in ("keep_last", "keep_every"):
             value = getattr(self, name)
             require(value >= 0, f"checkpoint.{name} = {value}; it must not be negative")
+        require(
+            self.keep_last != 1,
+            "checkpoint.keep_last = 1; with a single checkpoint, one damaged file would lose the run: keep 2 or more",
+        )
         require(
             self.save_timeout_minutes > 0,
             f"checkpoint.save_timeout_minutes = {self.save_timeout_minutes}; it must be positive",

@@ -109,11 +109,32 @@ class ProcessGroups:
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
 
-    def first_rank_says(self, value: bool) -> bool:
-        """Return rank 0's value on every rank, on the host."""
-        said = torch.tensor([value], dtype=torch.uint8)
-        dist.broadcast(said, src=0, group=self.host)
-        return bool(said[0])
+    def any_rank(self, *flags: bool) -> tuple[bool, ...]:
+        """Return, on every rank, which flags are true on some rank; one all-reduce of bytes on the host."""
+        said = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self.host)
+        return tuple(said.bool().tolist())
+
+    def first_rank_text(self, text: str) -> str:
+        """Return rank 0's text on every rank; two broadcasts on the host."""
+        content = torch.frombuffer(bytearray(text.encode()) or bytearray(1), dtype=torch.uint8)
+        length = torch.tensor([len(text.encode())])
+        dist.broadcast(length, src=0, group=self.host)
+        if self.rank:
+            content = torch.empty(max(1, int(length)), dtype=torch.uint8)
+        dist.broadcast(content, src=0, group=self.host)
+        return bytes(content[: int(length)].tolist()).decode()
+
+    def gather_texts(self, text: str) -> list[str]:
+        """Return every rank's text on every rank, by rank; two all-gathers on the host."""
+        own = bytearray(text.encode())
+        lengths = [torch.empty(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(lengths, torch.tensor([len(own)]), group=self.host)
+        longest = max(1, *(int(length) for length in lengths))
+        padded = torch.frombuffer(own + bytes(longest - len(own)), dtype=torch.uint8)
+        texts = [torch.empty_like(padded) for _ in range(self.world_size)]
+        dist.all_gather(texts, padded, group=self.host)
+        return [bytes(t[: int(n)].tolist()).decode() for t, n in zip(texts, lengths, strict=True)]
 
     def require_agreement(self, what: str, value: str) -> None:
         """Check that all ranks were started alike; collective over all ranks, on the host.

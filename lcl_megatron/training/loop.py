@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from pathlib import Path
 
@@ -14,8 +13,6 @@ from lcl_megatron.training.meter import Meter
 from lcl_megatron.training.metrics_logger import METRICS_FILE
 from lcl_megatron.training.run import Run
 from lcl_megatron.training.step import StepResult, train_step
-
-logger = logging.getLogger(__name__)
 
 
 def train(run: Run) -> None:
@@ -32,6 +29,8 @@ def train(run: Run) -> None:
     for batch in run.loader:
         data_wait_s = time.perf_counter() - waiting_since
         result = train_step(run, batch)
+        if run.saver is not None:
+            run.saver.advance(result.agreed.word.writing, result.agreed.word.write_failed)
         run.progress = native.Progress(
             step=batch.step + 1,
             consumed_rows=run.progress.consumed_rows + config.training.global_batch_size,
@@ -51,6 +50,7 @@ def train(run: Run) -> None:
         if stop:
             break
         waiting_since = time.perf_counter()
+    _finish_saving(run)
     _draw_curves(run)
 
 
@@ -60,6 +60,7 @@ def _watch(run: Run, watch: BadImageWatch, result: StepResult, batch: StepBatch)
         watch.add(result.agreed, batch.bad_images)
     except TooManyBadImagesError:
         save_checkpoint(run)
+        _finish_saving(run)
         raise
 
 
@@ -72,11 +73,25 @@ def _draw_curves(run: Run) -> None:
 
 
 def save_checkpoint(run: Run) -> None:
-    """Write a checkpoint of the run as it is, if the run has a place for them; collective over all ranks."""
-    if not run.config.checkpoint.save:
+    """Begin to write a checkpoint of the run as it is, if the run has a place for them; collective over all ranks.
+
+    Without ``checkpoint.async_save``, wait until it is complete.
+    """
+    if run.saver is None:
         return
     tokenizer = run.plan.sequence.sources[0].corpus.tokenizer.model
     with run.engine.whole_parameters():
-        folder = native.save(run.config.checkpoint.save, run.trainable, run.progress, tokenizer)
-    if run.engine.groups.rank == 0:
-        logger.info("saved %s", folder)
+        run.saver.begin(run.progress.step, lambda: native.images(run.trainable, run.progress, tokenizer))
+    if not run.config.checkpoint.async_save:
+        run.saver.finish()
+
+
+def _finish_saving(run: Run) -> None:
+    """Wait until the last checkpoint is complete; collective over all ranks.
+
+    Raises:
+        SaveError: it could not be written.
+    """
+    if run.saver is not None:
+        run.saver.finish()
+        run.saver.require_success()

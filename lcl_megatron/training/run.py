@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lcl_megatron.checkpoint.native import Progress, Trainable
+from lcl_megatron.checkpoint.saver import Saver
 from lcl_megatron.config import RunConfig
 from lcl_megatron.data.loader import StepLoader
 from lcl_megatron.data.planning.plan import Plan
+from lcl_megatron.parallel.agreement import Word
 from lcl_megatron.parallel.engine import Engine
 from lcl_megatron.training.metrics_logger import MetricsLogger
 from lcl_megatron.training.stop import StopSignal
@@ -31,8 +33,17 @@ class Run:
     """Set by SIGTERM."""
     progress: Progress
     """How far the run has come."""
+    attempt: str
+    """Name of this start of the run, the same on all ranks."""
+    saver: Saver | None
+    """Writes checkpoints; None = the run has no place for them."""
 
     @property
     def engine(self) -> Engine:
         """This rank's part of the model."""
         return self.trainable.engine
+
+    def word(self) -> Word:
+        """Return what this rank has to say to all others at the next step."""
+        writing, failed = self.saver.word() if self.saver is not None else (False, False)
+        return Word(stop=self.stop.requested, writing=writing, write_failed=failed)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from lcl_megatron.data.batch import StepBatch
-from lcl_megatron.parallel.agreement import AgreedStep, Word, agree
+from lcl_megatron.parallel.agreement import AgreedStep, agree
 from lcl_megatron.training.objective import LossOutput, losses_and_gradients
 from lcl_megatron.training.run import Run
 
@@ -36,7 +36,7 @@ def train_step(run: Run, batch: StepBatch) -> StepResult:
         NonFiniteError: the gradient norm is not finite, on all ranks alike.
     """
     engine, optimizer = run.engine, run.trainable.optimizer
-    agreed = agree(batch, engine.groups, Word(stop=run.stop.requested))
+    agreed = agree(batch, engine.groups, run.word())
     engine.zero_gradients()
     optimizer.zero_grad()
     losses = losses_and_gradients(engine, agreed)

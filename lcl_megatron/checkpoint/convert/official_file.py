@@ -24,7 +24,7 @@ from torch import Tensor
 from lcl_megatron.checkpoint.convert.official import from_official, to_official
 from lcl_megatron.checkpoint.convert.stock_open_clip import open_clip_tower
 from lcl_megatron.checkpoint.convert.stock_tower import StockTower
-from lcl_megatron.checkpoint.folders import CheckpointError
+from lcl_megatron.checkpoint.manifest import CheckpointError
 from lcl_megatron.checkpoint.parameters import PARTS
 from lcl_megatron.checkpoint.stock_libraries import stock_library
 from lcl_megatron.checkpoint.weights import ModelWeights

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lcl_megatron.checkpoint.convert import clip_vision
 from lcl_megatron.checkpoint.convert.stock_tower import StockTower, activation_name, layernorm_epsilon
-from lcl_megatron.checkpoint.folders import CheckpointError
+from lcl_megatron.checkpoint.manifest import CheckpointError
 from lcl_megatron.checkpoint.stock_libraries import stock_library
 from lcl_megatron.config import RunConfig, VisionConfig
 

@@ -13,7 +13,7 @@ from lcl_megatron.checkpoint.convert.stock_tower import (
     layernorm_epsilon,
     require_fit,
 )
-from lcl_megatron.checkpoint.folders import CheckpointError
+from lcl_megatron.checkpoint.manifest import CheckpointError
 from lcl_megatron.checkpoint.stock_libraries import stock_library
 from lcl_megatron.config import RunConfig, VisionConfig
 

@@ -25,7 +25,7 @@ from lcl_megatron.checkpoint.convert.official_file import (
     read_official_state,
     write_official,
 )
-from lcl_megatron.checkpoint.folders import CheckpointError
+from lcl_megatron.checkpoint.manifest import CheckpointError
 from lcl_megatron.checkpoint.reference_case import ReferenceCase
 from lcl_megatron.checkpoint.weights import ModelWeights
 from lcl_megatron.config.sources import load_run_config
