@@ -32,6 +32,8 @@ def train(run: Run) -> None:
     for batch in run.loader:
         data_wait_s = time.perf_counter() - waiting_since
         result = train_step(run, batch)
+        if run.ledger:  # before any checkpoint of this step, so that none holds rows that are not recorded
+            run.ledger.record(batch, skipped=False)
         run.progress = native.Progress(
             step=batch.step + 1,
             consumed_rows=run.progress.consumed_rows + config.training.global_batch_size,

@@ -9,6 +9,7 @@ from lcl_megatron.config import RunConfig
 from lcl_megatron.data.loader import StepLoader
 from lcl_megatron.data.planning.plan import Plan
 from lcl_megatron.parallel.engine import Engine
+from lcl_megatron.training.ledger import Ledger
 from lcl_megatron.training.metrics_logger import MetricsLogger
 from lcl_megatron.training.stop import StopSignal
 
@@ -31,6 +32,8 @@ class Run:
     """Set by SIGTERM."""
     progress: Progress
     """How far the run has come."""
+    ledger: Ledger | None = None
+    """Records the rows of every step; None = no ledger is kept, or another rank records the same rows."""
 
     @property
     def engine(self) -> Engine:

@@ -22,6 +22,7 @@ from lcl_megatron.data.storage.corpus import Corpus
 from lcl_megatron.model.initialization import count_parameters
 from lcl_megatron.parallel import engine as engines
 from lcl_megatron.parallel.groups import ProcessGroups
+from lcl_megatron.training.ledger import open_ledger
 from lcl_megatron.training.metrics_logger import MetricsLogger
 from lcl_megatron.training.optimizer import build_optimizer, build_scheduler
 from lcl_megatron.training.run import Run
@@ -54,6 +55,8 @@ def run_from(config: RunConfig) -> Iterator[Run]:
         finally:
             run.stop.close()
             run.logger.close()
+            if run.ledger:
+                run.ledger.close()
     finally:
         groups.destroy()
 
@@ -149,6 +152,7 @@ def _build(config: RunConfig, plan: Plan, groups: ProcessGroups) -> Run:
         ),
         stop=stop,
         progress=progress,
+        ledger=open_ledger(config, groups, progress, plan.fingerprint),
     )
 
 
