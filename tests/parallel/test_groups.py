@@ -148,3 +148,14 @@ def test_rank_0_decides() -> None:
         lambda rank, _: groups.initialize(ParallelConfig(), lambda pipeline: pipeline[:1]).first_rank_says(rank == 0), 2
     )
     assert said == [True, True]
+
+
+def test_a_nonce_is_the_same_on_all_ranks_and_never_comes_again():
+    def nonces(rank: int, world_size: int) -> list[str]:
+        made = groups.initialize(_layout(1, 1), _last_two)
+        return [made.shared_nonce() for _ in range(3)]
+
+    first, second = run_distributed(nonces, 2)
+    assert first == second
+    assert len(set(first)) == 3
+    assert all(len(bytes.fromhex(nonce)) == 8 for nonce in first)
