@@ -1,4 +1,4 @@
-"""No code runs that a file brought along: every loader is given hostile files. (``test_code_runners`` reads the source.)
+"""No code runs that a file brought along: every loader is given hostile files (the source: ``test_code_runners``).
 
 Oracles: a folder that every payload makes when it is run, and makes indeed when Python, torch or numpy are asked to.
 """

@@ -310,7 +310,8 @@ def load_array(path: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
         array: np.ndarray = np.load(path, mmap_mode="r" if np.prod(shape) else None, allow_pickle=False)
     except (ValueError, EOFError) as error:
         # numpy's own words may advise to unpickle it.
-        what = "holds Python objects, which are not loaded" if "pickle" in str(error) else f"is no array ({error})"
+        is_objects = "pickle" in str(error) or "Python objects" in str(error)
+        what = "holds Python objects, which are not loaded" if is_objects else f"is no array ({error})"
         raise CorpusError(f"{path} {what}; expected {dtype} {shape}: it is damaged") from error
     # np.load returns a dictionary of arrays for a zip file.
     if not isinstance(array, np.ndarray):
