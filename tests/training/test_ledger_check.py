@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import runpy
 import shutil
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from lcl_megatron.data.batch import StepBatch
+from lcl_megatron.data.loader import StepLoader
 from lcl_megatron.training.ledger import Ledger
 from lcl_megatron.training.ledger_check import check_ledger
 from lcl_megatron.training.ledger_reader import SHOWN_FINDINGS, LedgerError
+from lcl_megatron.training.loop import train
+from lcl_megatron.training.setup import run_from
+from tests.distributed import RankError, run_distributed
 from tests.training.ledgers import (
     BATCH,
     STEPS,
@@ -279,6 +286,30 @@ def test_the_last_step_may_be_missing_on_a_rank_that_was_killed_first(interrupte
     rewrite(path, lines[:-2])
     report = check_ledger(tmp_path / "ledger")
     assert (report.rows_lost, report.steps) == (BATCH // 2, STEPS - 1)
+
+
+@pytest.mark.parametrize("killed_rank", [0, 1])
+def test_a_run_whose_rank_is_killed_and_that_goes_on_alone(corpus: Path, tmp_path: Path, killed_rank: int) -> None:
+    def killed_before(step: int, loader: StepLoader) -> Iterator[StepBatch]:
+        for batch in loader:
+            if batch.step == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield batch
+
+    def body(rank: int, world_size: int) -> None:
+        with run_from(config) as started:
+            if rank == killed_rank:
+                started.loader = killed_before(5, started.loader)  # type: ignore[assignment]  # the loop iterates
+            train(started)
+
+    config = config_for(corpus, tmp_path)
+    with pytest.raises(RankError, match="SIGKILL"):
+        run_distributed(body, 2)
+    assert check_ledger(tmp_path / "ledger").findings == ()
+    run(config)
+    report = check_ledger(tmp_path / "ledger")
+    assert (report.findings, report.steps, report.rows) == ((), STEPS, STEPS * BATCH)
+    assert 4 <= report.rows_done_again <= 8  # steps 3 and 4; of the latter a rank may have died with its record
 
 
 @pytest.mark.parametrize(("first_row", "lost", "repeated"), [(5, 1, 0), (3, 0, 1), (0, 0, 4)])
