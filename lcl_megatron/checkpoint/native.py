@@ -18,7 +18,6 @@ writes what it holds; no tensor is gathered.
 from __future__ import annotations
 
 import json
-import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -135,7 +134,7 @@ def save(root: str | Path, trainable: Trainable, progress: Progress, tokenizer: 
     """
     groups = trainable.engine.groups
     config = CheckpointConfig(save=str(root), on_save_error="stop")
-    saver = Saver(config, groups, groups.first_rank_text(secrets.token_hex(4)), lease=None)
+    saver = Saver(config, groups, groups.shared_nonce(), lease=None)
     try:
         saver.begin(progress.step, lambda: images(trainable, progress, tokenizer))
         saver.finish()

@@ -136,6 +136,12 @@ class ProcessGroups:
         dist.all_gather(texts, padded, group=self.host)
         return [bytes(t[: int(n)].tolist()).decode() for t, n in zip(texts, lengths, strict=True)]
 
+    def shared_nonce(self) -> str:
+        """Return 16 hex digits that no other call has returned, the same on every rank; collective, on the host."""
+        drawn = torch.frombuffer(bytearray(os.urandom(8)), dtype=torch.uint8)
+        dist.broadcast(drawn, src=0, group=self.host)
+        return drawn.numpy().tobytes().hex()
+
     def require_agreement(self, what: str, value: str) -> None:
         """Check that all ranks were started alike; collective over all ranks, on the host.
 

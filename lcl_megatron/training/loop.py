@@ -29,6 +29,8 @@ def train(run: Run) -> None:
     for batch in run.loader:
         data_wait_s = time.perf_counter() - waiting_since
         result = train_step(run, batch)
+        if run.ledger is not None:  # before any checkpoint of this step, so that none holds rows that are not recorded
+            run.ledger.record(batch, skipped=False)
         if run.saver is not None:
             run.saver.advance(result.agreed.word.writing, result.agreed.word.write_failed)
         run.progress = native.Progress(

@@ -11,6 +11,7 @@ from lcl_megatron.data.loader import StepLoader
 from lcl_megatron.data.planning.plan import Plan
 from lcl_megatron.parallel.agreement import Word
 from lcl_megatron.parallel.engine import Engine
+from lcl_megatron.training.ledger import Ledger
 from lcl_megatron.training.metrics_logger import MetricsLogger
 from lcl_megatron.training.stop import StopSignal
 
@@ -37,6 +38,8 @@ class Run:
     """Name of this start of the run, the same on all ranks."""
     saver: Saver | None
     """Writes checkpoints; None = the run has no place for them."""
+    ledger: Ledger | None = None
+    """Records the rows of every step; None = no ledger is kept, or another rank records the same rows."""
 
     @property
     def engine(self) -> Engine:

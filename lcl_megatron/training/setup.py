@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import secrets
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from lcl_megatron.data.storage.corpus import Corpus
 from lcl_megatron.model.initialization import count_parameters
 from lcl_megatron.parallel import engine as engines
 from lcl_megatron.parallel.groups import ProcessGroups
+from lcl_megatron.training.ledger import open_ledger
 from lcl_megatron.training.metrics_logger import MetricsLogger
 from lcl_megatron.training.optimizer import build_optimizer, build_scheduler
 from lcl_megatron.training.resume import checkpoint_to_resume, resume
@@ -52,7 +52,7 @@ def run_from(config: RunConfig) -> Iterator[Run]:
     try:
         groups.require_agreement("the configuration", to_toml(config))
         groups.require_agreement("the data", plan.fingerprint)
-        attempt = groups.first_rank_text(secrets.token_hex(4))
+        attempt = groups.shared_nonce()
         with _lease(config, groups, attempt) as lease:
             run = _build(config, plan, groups, attempt, lease)
             try:
@@ -62,6 +62,8 @@ def run_from(config: RunConfig) -> Iterator[Run]:
                 run.logger.close()
                 if run.saver is not None:
                     run.saver.close()
+                if run.ledger is not None:
+                    run.ledger.close()
     finally:
         groups.destroy()
 
@@ -185,6 +187,7 @@ def _build(config: RunConfig, plan: Plan, groups: ProcessGroups, attempt: str, l
         progress=progress,
         attempt=attempt,
         saver=Saver(config.checkpoint, groups, attempt, lease) if config.checkpoint.save else None,
+        ledger=open_ledger(config, groups, progress, plan.fingerprint, attempt),
     )
 
 

@@ -143,8 +143,28 @@ def test_ranks_that_were_started_differently_are_named_on_every_rank() -> None:
     assert all("the colour of ranks [1] differs from that of rank 0" in message for message in messages)
 
 
-def test_rank_0_decides() -> None:
-    said = run_distributed(
-        lambda rank, _: groups.initialize(ParallelConfig(), lambda pipeline: pipeline[:1]).first_rank_says(rank == 0), 2
-    )
-    assert said == [True, True]
+def _said(rank: int, world_size: int, texts: list[str]) -> tuple[str, list[str], tuple[bool, ...]]:
+    made = groups.initialize(ParallelConfig(), lambda pipeline: pipeline[:1])
+    flags = made.any_rank(False, rank == 1, True)
+    return made.first_rank_text(texts[rank]), made.gather_texts(texts[rank]), flags
+
+
+@pytest.mark.parametrize(
+    "texts", [["a", "b", "c"], ["", "a longer text", ""], ["\u00fcber", "", "x" * 5000], ["", "", ""]]
+)
+def test_texts_and_flags_of_all_ranks(texts: list[str]) -> None:
+    for first, gathered, flags in run_distributed(_said, 3, texts):
+        assert first == texts[0]
+        assert gathered == texts
+        assert flags == (False, True, True)
+
+
+def test_a_nonce_is_the_same_on_all_ranks_and_never_comes_again():
+    def nonces(rank: int, world_size: int) -> list[str]:
+        made = groups.initialize(_layout(1, 1), _last_two)
+        return [made.shared_nonce() for _ in range(3)]
+
+    first, second = run_distributed(nonces, 2)
+    assert first == second
+    assert len(set(first)) == 3
+    assert all(len(bytes.fromhex(nonce)) == 8 for nonce in first)
