@@ -38,10 +38,11 @@ def complete_checkpoints(root: str | Path) -> list[Path]:
     Names tell that a checkpoint was completed, and not that its files are still as they were: see ``manifest.verify``.
     """
     root = Path(root)
-    if (root / CONFIG_FILE).is_file():
-        return [root]
     if not root.is_dir():
         return []
+    # By its name too: a checkpoint whose file is missing is a damaged one, and not none.
+    if (root / CONFIG_FILE).is_file() or STEP_FOLDER.fullmatch(root.resolve().name):
+        return [root]
     complete = [folder for folder in root.iterdir() if STEP_FOLDER.fullmatch(folder.name) and folder.is_dir()]
     return sorted(complete, key=lambda folder: int(folder.name.split("-")[1]), reverse=True)
 
