@@ -42,7 +42,9 @@ def _verify(path: Path) -> Iterator[Finding]:
         return
     checkpoints = complete_checkpoints(path)
     if not checkpoints:
-        yield Finding(path, f"{path} is neither a checkpoint, nor a folder that holds some, nor a corpus", is_whole=False)
+        yield Finding(
+            path, f"{path} is neither a checkpoint, nor a folder that holds some, nor a corpus", is_whole=False
+        )
     for checkpoint in checkpoints:
         try:
             manifest = verify(checkpoint)
