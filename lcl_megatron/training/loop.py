@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lcl_megatron.checkpoint import native
 from lcl_megatron.data.batch import StepBatch
+from lcl_megatron.parallel.parameter_hash import compare_replicas
 from lcl_megatron.training.bad_images import BadImageWatch, TooManyBadImagesError
 from lcl_megatron.training.curves import write_curves
 from lcl_megatron.training.meter import Meter
@@ -23,7 +24,8 @@ def train(run: Run) -> None:
 
     Raises:
         TooManyBadImagesError: the corpus's images can not be trusted; a checkpoint is written first.
-        NonFiniteError: the gradient is not finite; nothing is written, because the weights are lost.
+        NonFiniteError: too many steps in a row were skipped; nothing is written.
+        ReplicaMismatchError: replicas hold different weights; nothing is written.
     """
     config = run.config
     meter = Meter(run)
@@ -39,13 +41,15 @@ def train(run: Run) -> None:
             data=run.progress.data,
         )
         _watch(run, watch, result, batch)
+        _compare_replicas(run)
         meter.add(result, batch, data_wait_s)
 
         step, last = run.progress.step, run.progress.step == config.training.train_iters
         stop = result.agreed.word.stop or (config.logging.exit_interval and step % config.logging.exit_interval == 0)
         if step % config.logging.log_interval == 0 or last or stop:
             run.logger.log(step, meter.report(watch.total))
-        if step % config.checkpoint.save_interval == 0 or last or stop:
+        # While steps are skipped the weights may be the reason: not a moment to put them in a good checkpoint's place.
+        if (step % config.checkpoint.save_interval == 0 and not result.skip) or last or stop:
             save_checkpoint(run)
         run.logger.progress(step)
         if stop:
@@ -61,6 +65,14 @@ def _watch(run: Run, watch: BadImageWatch, result: StepResult, batch: StepBatch)
     except TooManyBadImagesError:
         save_checkpoint(run)
         raise
+
+
+def _compare_replicas(run: Run) -> None:
+    """Compare the weights of replicas when it is time to; collective over all ranks."""
+    step, interval = run.progress.step, run.config.guard.compare_replicas_interval
+    if interval and step % interval == 0:
+        compare_replicas(run.engine, step, run.guard.replicas_agreed_step)
+        run.guard.replicas_agreed_step = step
 
 
 def _draw_curves(run: Run) -> None:

@@ -22,6 +22,7 @@ from lcl_megatron.data.storage.corpus import Corpus
 from lcl_megatron.model.initialization import count_parameters
 from lcl_megatron.parallel import engine as engines
 from lcl_megatron.parallel.groups import ProcessGroups
+from lcl_megatron.training.guard import Guard
 from lcl_megatron.training.metrics_logger import MetricsLogger
 from lcl_megatron.training.optimizer import build_optimizer, build_scheduler
 from lcl_megatron.training.run import Run
@@ -147,6 +148,7 @@ def _build(config: RunConfig, plan: Plan, groups: ProcessGroups) -> Run:
             is_writer=groups.rank == 0,
             resume_step=progress.step,
         ),
+        guard=Guard(config.guard),
         stop=stop,
         progress=progress,
     )
