@@ -24,6 +24,7 @@ from torch import Tensor
 from lcl_megatron.config import RunConfig
 from lcl_megatron.model.lcl import LCLOutput
 from lcl_megatron.parallel.engine import Engine
+from lcl_megatron.parallel.parameter_hash import ReplicaMismatchError
 from lcl_megatron.training.loop import train
 from lcl_megatron.training.run import Run
 from lcl_megatron.training.setup import run_from
@@ -354,3 +355,83 @@ def test_the_log_says_where_the_sources_are(
     }.get(place, f"its sources: {path}")
     assert f"step 2 skipped on all ranks: gradient norm nan; {expected}" in caplog.text
     assert path.exists() == (place in ("save", "log_dir"))
+
+
+SPIKE = 9
+"""Index of the step with a spike, of 14."""
+
+
+@contextmanager
+def spike(run: Run, now: list[int]) -> Iterator[None]:
+    """One step's gradient is a hundred times what it should be."""
+    for model in run.engine.models:
+        for parameter in model.parameters():
+            parameter.register_hook(lambda gradient: gradient * (100.0 if now == [SPIKE] else 1.0))
+    yield
+
+
+@pytest.mark.parametrize("stop", [6, SPIKE, SPIKE + 1, 12])
+def test_a_spike_is_one_skipped_step_also_after_a_restart(data: DataFolder, tmp_path: Path, stop: int) -> None:
+    guard = {"spike_threshold": 20.0, "spike_window": 8}
+    config = small_config(data.corpus, training={"train_iters": 14}, guard=guard)
+    with training(config, spike) as run:
+        train(run)
+        expected, state = everything(run), run.guard.state_dict()
+    assert run.guard.skipped_steps == 1
+    assert len(state["window"]) == 8
+
+    config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, save=str(tmp_path)))
+    with training(
+        dataclasses.replace(config, logging=dataclasses.replace(config.logging, exit_interval=stop)), spike
+    ) as run:
+        train(run)
+        saved = json.dumps(run.guard.state_dict(), allow_nan=False)
+    with training(config, spike) as run:
+        assert run.progress.step == stop
+        run.guard.load_state_dict(json.loads(saved))
+        train(run)
+        assert run.guard.state_dict() == state
+        found = everything(run)
+    for name, value in expected.items():
+        assert np.array_equal(found[name], value), name
+    skipped = [path.name for path in (tmp_path / "skipped").iterdir()]
+    assert skipped == [f"step-{SPIKE + 1:08d}.json"]
+    record = json.loads((tmp_path / "skipped" / skipped[0]).read_text())
+    assert record["grad_norm"] > 20
+    assert record["reason"].startswith("gradient norm ")
+    assert "a spike: above 20 median absolute deviations" in record["reason"]
+
+
+def _flip_between_steps(rank: int, world_size: int, config: RunConfig) -> str:
+    """Flip a bit of a weight of rank 1 behind step 3; return how the run ends."""
+    with run_from(config) as run:
+        batches = run.loader
+
+        class Flipping:
+            def __iter__(self) -> Iterator[Any]:
+                for batch in batches:
+                    if batch.step == 3 and rank == 1:
+                        weight = list(run.engine.models[0].parameters())[-1].detach().view(-1)
+                        weight.view(torch.int32)[0] ^= 1 << 20
+                    yield batch
+
+        run.loader = Flipping()  # type: ignore[assignment]
+        with pytest.raises(ReplicaMismatchError) as caught:
+            train(run)
+        assert run.guard.state_dict()["replicas_agreed_step"] == 2
+        return str(caught.value)
+
+
+def test_replicas_are_compared_at_their_interval_before_anything_is_saved(data: DataFolder, tmp_path: Path) -> None:
+    config = small_config(
+        data.corpus,
+        training={"global_batch_size": 3, "micro_batch_size": 1},
+        parallel={"use_distributed_optimizer": False},
+        guard={"compare_replicas_interval": 2},
+        checkpoint={"save": str(tmp_path), "save_interval": 1},
+    )
+    for said in run_distributed(_flip_between_steps, 3, config):
+        assert said.startswith(
+            "step 4: replicas of the same weights differ (equal after step 2): rank 1 (dp1 pp0 tp0) differs from the 2 "
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002", "step-00000003"]
