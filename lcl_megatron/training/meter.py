@@ -96,6 +96,7 @@ class Meter:
         Args:
             bad_images: images that could not be decoded since the process started.
         """
+        assert self.steps, "a report needs at least one step"
         run = self.run
         seconds = time.perf_counter() - self.since
         metrics = {} if self.result is None else self._of_taken_steps(self.result)
