@@ -7,7 +7,8 @@ norm NaN all the same, because that copy would be updated with it.
 
 Why all ranks see one norm: with the distributed optimizer every rank adds up its slices and the sum goes over all
 ranks. Without it gradients have been summed over dp x cp already, all of these ranks hold the same bits, and the sum
-goes over tp x pp. A value that is not finite survives every one of these sums.
+goes over tp x pp. A value that is not finite survives every one of these sums. Only a gradient that one replica alone
+spoils behind the reduction, in its own memory, goes unseen by the others there (``parallel/parameter_hash.py``).
 """
 
 from __future__ import annotations

@@ -64,10 +64,12 @@ def train_step(run: Run, batch: StepBatch) -> StepResult:
 def _stop_if_exhausted(run: Run) -> None:
     if not run.guard.is_exhausted:
         return
-    count, allowed = len(run.guard.in_a_row), run.guard.config.max_skipped_steps
-    row = f"{count} steps in a row were skipped" if count > 1 else "it would have to be skipped"
+    guard = run.guard
+    count = len(guard.in_a_row)
+    row = f": {count} skipped steps in a row" if count > 1 else ""
+    healthy = "; if these norms are healthy, raise --spike-threshold" if guard.config.spike_threshold else ""
     raise NonFiniteError(
-        f"{run.guard.describe_row()}. {row}, and guard.max_skipped_steps = {allowed}. Go on from the last checkpoint "
-        "with a lower --lr or --clip-grad, or a longer --lr-warmup-iters; tools/replay_step.py shows which rows of a "
-        "step are at fault"
+        f"{guard.describe_row()}{row}, and guard.max_skipped_steps = {guard.config.max_skipped_steps}. Go on from the "
+        "last checkpoint with a lower --lr or --clip-grad, or a longer --lr-warmup-iters; tools/replay_step.py shows "
+        f"which rows of a step are at fault{healthy}"
     )

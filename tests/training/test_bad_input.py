@@ -327,7 +327,9 @@ def test_weights_that_are_lost_end_the_run_and_are_not_saved(tmp_path: Path, int
     with run_from(config) as run:
         with torch.no_grad():
             next(run.engine.model.parameters()).fill_(torch.nan)
-        with pytest.raises(NonFiniteError, match=r"step 1: gradient norm nan\. .*max_skipped_steps = 0.*--lr"):
+        with pytest.raises(
+            NonFiniteError, match=r"^step 1: gradient norm nan, and guard.max_skipped_steps = 0\. .*--lr"
+        ):
             train(run)
     assert [path.name for path in (tmp_path / "save").iterdir()] == ["skipped"]
 

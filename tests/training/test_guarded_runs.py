@@ -41,9 +41,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataFolder:
 def test_too_many_skipped_steps_in_a_row_end_the_run(data: DataFolder, tmp_path: Path, limit: int) -> None:
     sections = {"checkpoint": {"save": str(tmp_path), "save_interval": 1}, "guard": {"max_skipped_steps": limit}}
     steps = [f"step {number}: gradient norm nan" for number in range(2, limit + 3)]
+    row = f": {limit + 1} skipped steps in a row" if limit else ""
     with (
         training(config_of(data, **sections), nan_from(1)) as run,
-        pytest.raises(NonFiniteError, match=f"^{'; '.join(steps)}[.] .*guard.max_skipped_steps = {limit}[.].*--lr"),
+        pytest.raises(
+            NonFiniteError, match=f"^{'; '.join(steps)}{row}, and guard.max_skipped_steps = {limit}[.] .*--lr"
+        ),
     ):
         train(run)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["skipped", "step-00000001"]
@@ -174,6 +177,24 @@ def spike(run: Run, now: list[int]) -> Iterator[None]:
         for parameter in model.parameters():
             parameter.register_hook(lambda gradient: gradient * (100.0 if now == [SPIKE] else 1.0))
     yield
+
+
+def test_spikes_that_go_on_end_the_run(data: DataFolder) -> None:
+    guard = {"spike_threshold": 20.0, "spike_window": 8, "max_skipped_steps": 1}
+    config = small_config(data.corpus, training={"train_iters": 14}, guard=guard)
+
+    @contextmanager
+    def from_then_on(run: Run, now: list[int]) -> Iterator[None]:
+        for parameter in run.engine.models[0].parameters():
+            parameter.register_hook(lambda gradient: gradient * (100.0 if now[0] >= SPIKE else 1.0))
+        yield
+
+    steps = f"^step {SPIKE + 1}: .* a spike: .*; step {SPIKE + 2}: .* a spike: .*: 2 skipped steps in a row"
+    with (
+        training(config, from_then_on) as run,
+        pytest.raises(NonFiniteError, match=f"{steps}.*raise --spike-threshold"),
+    ):
+        train(run)
 
 
 @pytest.mark.parametrize("stop", [6, SPIKE, SPIKE + 1, 12])
