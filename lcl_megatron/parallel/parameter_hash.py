@@ -1,4 +1,6 @@
-"""Whether replicas still hold the same weights: one hash of 8 bytes per rank, compared on the host.
+"""Whether weights are still what they should be: the same on all replicas, and finite.
+
+Replicas are compared by one hash of 8 bytes per rank, on the host.
 
 Ranks that hold the same part of the model (dp x cp) must hold the same bits. Memory errors, and arithmetic or
 collectives that go wrong on one device, break that silently. What a comparison can see depends on the optimizer.
@@ -95,6 +97,19 @@ def compare_replicas(engine: Engine, step: int, agreed_step: int) -> None:
         f"step {step}: replicas of the same weights differ ({earlier}): {'; '.join(filter(None, findings))}. Memory, "
         f"arithmetic or a network card corrupts data silently: drain that node, and go on from {checkpoint}"
     )
+
+
+@torch.no_grad()
+def ranks_of_lost_weights(engine: Engine) -> list[str]:
+    """Return which ranks hold weights that are not finite, described as in errors; collective over all ranks.
+
+    Parallel: one all-gather of a byte over all ranks, on the host.
+    """
+    finite = [torch.isfinite(parameter).all() for model in engine.models for parameter in model.parameters()]
+    own = torch.tensor([not bool(torch.stack(finite).all())], dtype=torch.uint8)
+    gathered = [torch.empty_like(own) for _ in range(engine.groups.world_size)]
+    dist.all_gather(gathered, own, group=engine.groups.host)
+    return [engine.groups.describe(rank) for rank, is_lost in enumerate(gathered) if bool(is_lost)]
 
 
 def _replica_sets(groups: ProcessGroups) -> list[list[int]]:

@@ -24,7 +24,7 @@ def train(run: Run) -> None:
 
     Raises:
         TooManyBadImagesError: the corpus's images can not be trusted; a checkpoint is written first.
-        NonFiniteError: too many steps in a row were skipped; nothing is written.
+        NonFiniteError: too many steps in a row were skipped, or weights are not finite; nothing is written.
         ReplicaMismatchError: replicas hold different weights; nothing is written.
     """
     config = run.config
@@ -48,7 +48,7 @@ def train(run: Run) -> None:
         stop = result.agreed.word.stop or (config.logging.exit_interval and step % config.logging.exit_interval == 0)
         if step % config.logging.log_interval == 0 or last or stop:
             run.logger.log(step, meter.report(watch.total))
-        # While steps are skipped the weights may be the reason: not a moment to put them in a good checkpoint's place.
+        # While steps are skipped the weights may be why, finite but too large: no moment to replace a good checkpoint.
         if (step % config.checkpoint.save_interval == 0 and not result.skip) or last or stop:
             save_checkpoint(run)
         run.logger.progress(step)

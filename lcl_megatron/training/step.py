@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from lcl_megatron.data.batch import StepBatch
 from lcl_megatron.parallel.agreement import AgreedStep, Word, agree
 from lcl_megatron.parallel.gradient_norm import clip_and_update, gradient_norm
+from lcl_megatron.parallel.parameter_hash import ranks_of_lost_weights
 from lcl_megatron.training.guard import Skip
 from lcl_megatron.training.objective import LossOutput, losses_and_gradients
 from lcl_megatron.training.run import Run
@@ -14,7 +15,7 @@ from lcl_megatron.training.skipped_steps import report_skip
 
 
 class NonFiniteError(RuntimeError):
-    """Too many steps in a row had a gradient that is infinite, no number, or far out of line."""
+    """Too many steps in a row had a gradient that is infinite, no number, or far out of line; or weights are lost."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def train_step(run: Run, batch: StepBatch) -> StepResult:
     a step: its rows are consumed, and the learning rate stays a function of the step's number.
 
     Raises:
-        NonFiniteError: too many steps in a row were skipped, on all ranks alike.
+        NonFiniteError: too many steps in a row were skipped, or the weights are the reason; on all ranks alike.
     """
     engine, optimizer = run.engine, run.trainable.optimizer
     agreed = agree(batch, engine.groups, Word(stop=run.stop.requested))
@@ -57,11 +58,17 @@ def train_step(run: Run, batch: StepBatch) -> StepResult:
         engine.clamp_logit_scale()
     else:
         report_skip(run, skip)
-        _stop_if_exhausted(run)
+        _stop_if_hopeless(run, skip)
     return StepResult(agreed, losses, grad_norm, optimizer.param_groups[0]["lr"], skip)
 
 
-def _stop_if_exhausted(run: Run) -> None:
+def _stop_if_hopeless(run: Run, skip: Skip) -> None:
+    """End the run where skipping does not help, before anything is saved; collective over all ranks."""
+    if lost := ranks_of_lost_weights(run.engine):
+        raise NonFiniteError(
+            f"{skip}, and the weights of {', '.join(lost)} are not finite themselves: no later step can be taken. Go "
+            "on from the last checkpoint; where only some replicas are named, their nodes are at fault: drain those"
+        )
     if not run.guard.is_exhausted:
         return
     guard = run.guard

@@ -16,7 +16,13 @@ import torch
 from lcl_megatron.config import ParallelConfig
 from lcl_megatron.parallel import engine as engines
 from lcl_megatron.parallel import parameter_hash
-from lcl_megatron.parallel.parameter_hash import ReplicaMismatchError, compare_replicas, hash_parameters, hash_tensors
+from lcl_megatron.parallel.parameter_hash import (
+    ReplicaMismatchError,
+    compare_replicas,
+    hash_parameters,
+    hash_tensors,
+    ranks_of_lost_weights,
+)
 from tests.distributed import run_distributed
 from tests.parallel.test_layouts import CONFIG
 
@@ -129,3 +135,20 @@ def test_every_part_that_differs_is_named() -> None:
     parallel = ParallelConfig(tensor_model_parallel_size=2)
     for _, said in run_distributed(_compare, 6, parallel, (2, 5)):
         assert "rank 2 (dp1 pp0 tp0) differs from the 2 other replicas; rank 5 (dp2 pp0 tp1) differs from" in said
+
+
+def _lose(rank: int, world_size: int) -> tuple[list[str], list[str]]:
+    config = dataclasses.replace(
+        CONFIG,
+        parallel=ParallelConfig(tensor_model_parallel_size=2),
+        training=dataclasses.replace(CONFIG.training, micro_batch_size=1, precision="bf16"),
+    )
+    engine = engines.build_engine(config, engines.start(config))
+    before = ranks_of_lost_weights(engine)
+    if rank in (1, 2):
+        list(engine.models[0].parameters())[-1].detach().view(-1)[0] = (torch.inf, torch.nan)[rank - 1]
+    return before, ranks_of_lost_weights(engine)
+
+
+def test_ranks_whose_weights_are_not_finite_are_named() -> None:
+    assert run_distributed(_lose, 4) == [([], ["rank 1 (dp0 pp0 tp1)", "rank 2 (dp1 pp0 tp0)"])] * 4
