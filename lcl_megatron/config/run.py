@@ -287,13 +287,14 @@ class GuardConfig:
     """What watches a run: numbers that go wrong, ranks that hang, are slow or differ, and what was read."""
 
     max_skipped_steps: int = 10
-    """A step whose loss or gradient is not finite on any rank changes no weight on any rank; after so many in a row the
-    run stops. 0 = it stops at the first."""
+    """A step whose loss or gradient is not finite on any rank changes no weight on any rank. At most so many in a row
+    are skipped; one more ends the run. 0 = the first ends it."""
     spike_threshold: float = 0.0
     """Also skip a step whose gradient norm is more than so many median absolute deviations above the median of the last
     ``spike_window`` steps that were taken; 0 = never. 20 is far beyond what a healthy run shows."""
     spike_window: int = 128
-    """Steps that a gradient norm is compared with; skipped ones are not among them."""
+    """Steps that a gradient norm is compared with; skipped ones are not among them. Nothing is a spike before half of
+    them are there."""
     compare_replicas_interval: int = 0
     """Steps between comparisons of the weights' hashes over data-parallel ranks, which must be equal: a difference is
     silent data corruption and ends the run, naming the rank; 0 = never."""

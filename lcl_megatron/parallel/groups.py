@@ -94,13 +94,25 @@ class ProcessGroups:
         """Data-parallel size."""
         return self.dp.size()
 
-    def describe(self) -> str:
+    def place(self, rank: int) -> dict[str, int]:
+        """Return the coordinates of a global rank, by the names ``tp``, ``cp``, ``dp`` and ``pp``."""
+        coordinates = {}
+        for name, size in (("tp", self.tp_size), ("cp", self.cp_size), ("dp", self.dp_size), ("pp", self.pp_size)):
+            rank, coordinates[name] = divmod(rank, size)
+        return coordinates
+
+    def describe(self, rank: int | None = None) -> str:
         """Return rank and coordinates, e.g. ``rank 5 (dp1 pp0 tp1)``: the prefix of every distributed error.
 
         Under context parallelism its rank is named too: ``rank 5 (dp1 pp0 cp0 tp1)``.
+
+        Args:
+            rank: a global rank; None = this process.
         """
-        context = f"cp{self.cp_rank} " if self.cp_size > 1 else ""
-        return f"rank {self.rank} (dp{self.dp_rank} pp{self.pp_rank} {context}tp{self.tp_rank})"
+        rank = self.rank if rank is None else rank
+        place = self.place(rank)
+        context = f"cp{place['cp']} " if self.cp_size > 1 else ""
+        return f"rank {rank} (dp{place['dp']} pp{place['pp']} {context}tp{place['tp']})"
 
     @property
     def device(self) -> torch.device:

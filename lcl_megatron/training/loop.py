@@ -7,12 +7,13 @@ from pathlib import Path
 
 from lcl_megatron.checkpoint import native
 from lcl_megatron.data.batch import StepBatch
+from lcl_megatron.parallel.parameter_hash import compare_replicas
 from lcl_megatron.training.bad_images import BadImageWatch, TooManyBadImagesError
 from lcl_megatron.training.curves import write_curves
 from lcl_megatron.training.meter import Meter
 from lcl_megatron.training.metrics_logger import METRICS_FILE
 from lcl_megatron.training.run import Run
-from lcl_megatron.training.step import StepResult, train_step
+from lcl_megatron.training.step import NonFiniteError, StepResult, train_step
 
 
 def train(run: Run) -> None:
@@ -20,8 +21,21 @@ def train(run: Run) -> None:
 
     Raises:
         TooManyBadImagesError: the corpus's images can not be trusted; a checkpoint is written first.
-        NonFiniteError: the gradient is not finite; nothing is written, because the weights are lost.
+        NonFiniteError: too many steps in a row were skipped, or weights are not finite; nothing is written.
+        ReplicaMismatchError: replicas hold different weights; nothing is written.
     """
+    try:
+        _train(run)
+    except (NonFiniteError, TooManyBadImagesError):
+        # All ranks raise these together, and a checkpoint that was begun before is worth completing.
+        _finish_saving(run)
+        raise
+    _finish_saving(run)
+    _draw_curves(run)
+
+
+def _train(run: Run) -> None:
+    """Train, report, begin checkpoints."""
     config = run.config
     meter = Meter(run)
     watch = BadImageWatch(config.data.max_bad_image_rate)
@@ -30,7 +44,7 @@ def train(run: Run) -> None:
         data_wait_s = time.perf_counter() - waiting_since
         result = train_step(run, batch)
         if run.ledger is not None:  # before any checkpoint of this step, so that none holds rows that are not recorded
-            run.ledger.record(batch, skipped=False)
+            run.ledger.record(batch, skipped=result.skip is not None)
         if run.saver is not None:
             run.saver.advance(result.agreed.word.writing, result.agreed.word.write_failed)
         run.progress = native.Progress(
@@ -40,20 +54,20 @@ def train(run: Run) -> None:
             data=run.progress.data,
         )
         _watch(run, watch, result, batch)
+        _compare_replicas(run)
         meter.add(result, batch, data_wait_s)
 
         step, last = run.progress.step, run.progress.step == config.training.train_iters
         stop = result.agreed.word.stop or (config.logging.exit_interval and step % config.logging.exit_interval == 0)
         if step % config.logging.log_interval == 0 or last or stop:
             run.logger.log(step, meter.report(watch.total))
-        if step % config.checkpoint.save_interval == 0 or last or stop:
+        # While steps are skipped the weights may be why, finite but too large: no moment to replace a good checkpoint.
+        if (step % config.checkpoint.save_interval == 0 and not result.skip) or last or stop:
             save_checkpoint(run)
         run.logger.progress(step)
         if stop:
             break
         waiting_since = time.perf_counter()
-    _finish_saving(run)
-    _draw_curves(run)
 
 
 def _watch(run: Run, watch: BadImageWatch, result: StepResult, batch: StepBatch) -> None:
@@ -62,8 +76,15 @@ def _watch(run: Run, watch: BadImageWatch, result: StepResult, batch: StepBatch)
         watch.add(result.agreed, batch.bad_images)
     except TooManyBadImagesError:
         save_checkpoint(run)
-        _finish_saving(run)
         raise
+
+
+def _compare_replicas(run: Run) -> None:
+    """Compare the weights of replicas when it is time to; collective over all ranks."""
+    step, interval = run.progress.step, run.config.guard.compare_replicas_interval
+    if interval and step % interval == 0:
+        compare_replicas(run.engine, step, run.guard.replicas_agreed_step)
+        run.guard.replicas_agreed_step = step
 
 
 def _draw_curves(run: Run) -> None:

@@ -11,6 +11,7 @@ from lcl_megatron.data.loader import StepLoader
 from lcl_megatron.data.planning.plan import Plan
 from lcl_megatron.parallel.agreement import Word
 from lcl_megatron.parallel.engine import Engine
+from lcl_megatron.training.guard import Guard
 from lcl_megatron.training.ledger import Ledger
 from lcl_megatron.training.metrics_logger import MetricsLogger
 from lcl_megatron.training.stop import StopSignal
@@ -18,7 +19,7 @@ from lcl_megatron.training.stop import StopSignal
 
 @dataclass
 class Run:
-    """A run between its steps. Only ``progress`` changes."""
+    """A run between its steps. Only ``progress`` is replaced."""
 
     config: RunConfig
     """Resolved configuration."""
@@ -30,6 +31,8 @@ class Run:
     """Yields this rank's part of each global batch."""
     logger: MetricsLogger
     """Writes reports on rank 0."""
+    guard: Guard
+    """Decides which steps are taken."""
     stop: StopSignal
     """Set by SIGTERM."""
     progress: Progress

@@ -24,6 +24,7 @@ from lcl_megatron.data.storage.corpus import Corpus
 from lcl_megatron.model.initialization import count_parameters
 from lcl_megatron.parallel import engine as engines
 from lcl_megatron.parallel.groups import ProcessGroups
+from lcl_megatron.training.guard import Guard
 from lcl_megatron.training.ledger import open_ledger
 from lcl_megatron.training.metrics_logger import MetricsLogger
 from lcl_megatron.training.optimizer import build_optimizer, build_scheduler
@@ -146,7 +147,8 @@ def _build(config: RunConfig, plan: Plan, groups: ProcessGroups, attempt: str, l
         # Before the optimizer, whose float32 values begin as the weights.
         load_initial_weights(config.checkpoint.init_weights, engine, plan.sequence.sources[0].corpus.tokenizer.model)
     optimizer = build_optimizer(engine)
-    trainable = native.Trainable(engine, optimizer, build_scheduler(config, optimizer))
+    guard = Guard(config.guard)
+    trainable = native.Trainable(engine, optimizer, build_scheduler(config, optimizer), guard)
     progress = resume(config, plan, trainable, checkpoint)
     if groups.rank == 0:
         logger.info(
@@ -183,6 +185,7 @@ def _build(config: RunConfig, plan: Plan, groups: ProcessGroups, attempt: str, l
             is_writer=groups.rank == 0,
             resume_step=progress.step,
         ),
+        guard=guard,
         stop=stop,
         progress=progress,
         attempt=attempt,

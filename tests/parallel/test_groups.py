@@ -46,6 +46,9 @@ def _members(group: dist.ProcessGroup | None) -> list[int]:
 def test_groups_when_layout_varies_follow_the_rank_numbering(tp, cp, dp, pp):
     def members(rank: int, world_size: int) -> dict[str, object]:
         made = groups.initialize(_layout(tp, pp, cp), _last_two)
+        others: list[object] = [None] * world_size
+        dist.all_gather_object(others, made.describe())
+        assert [made.describe(other) for other in range(world_size)] == others
         place = made.describe(), (made.tp_size, made.cp_size, made.dp_size, made.pp_size), made.cp_rank
         ranks = torch.tensor([rank])
         dist.all_reduce(ranks, group=made.host)

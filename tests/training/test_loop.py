@@ -63,6 +63,7 @@ REPORTED = {
     "data/consumed_rows",
     "data/consumed_images",
     "data/fill",
+    "guard/skipped_steps",
 }
 """Names are an interface: dashboards and ``plot_curves`` read them."""
 
