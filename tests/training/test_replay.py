@@ -65,6 +65,8 @@ def test_rows_are_the_parts_of_the_step(data: DataFolder, tmp_path: Path) -> Non
             batch = next(batches)
             if batch.step == 1:
                 save_checkpoint(run)
+                assert run.saver is not None
+                run.saver.finish()
             result = train_step(run, batch)
             run.progress = native.Progress(batch.step + 1, 9 * (batch.step + 1), 0, run.progress.data)
         targets = batch.layout.num_targets
@@ -85,6 +87,8 @@ def test_a_step_of_one_row_is_that_row(data: DataFolder, tmp_path: Path, loss: d
     one = {"global_batch_size": 1, "micro_batch_size": 1}
     with run_from(config_of(data, tmp_path, training=one, loss=loss)) as run:
         save_checkpoint(run)
+        assert run.saver is not None
+        run.saver.finish()
         result = train_step(run, next(iter(run.loader)))
     (row,) = replay(find_step(tmp_path, 1))
     (losses,) = result.losses
@@ -111,6 +115,8 @@ def spoilt(data: DataFolder, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with run_from(config_of(data, save, training={"train_iters": 6, "global_batch_size": 6})) as run:
         spoil_word(run)
         save_checkpoint(run)
+        assert run.saver is not None
+        run.saver.finish()
         train(run)
     return save
 
@@ -197,6 +203,8 @@ def test_images_that_cannot_be_decoded_are_said(
     broken.preprocess()
     with run_from(config_of(broken, tmp_path / "save", training={"global_batch_size": 12})) as run:
         save_checkpoint(run)
+        assert run.saver is not None
+        run.saver.finish()
     call(monkeypatch, tmp_path / "save", "--step", 1, "--precision", "bf16")
     first, *said, last = capsys.readouterr().out.splitlines()
     assert "(0 steps of 12 rows), in bf16, " in first
