@@ -9,7 +9,9 @@ from pathlib import Path
 from lcl_megatron.checkpoint import native
 from lcl_megatron.data.batch import StepBatch
 from lcl_megatron.training.bad_images import BadImageWatch, TooManyBadImagesError
+from lcl_megatron.training.conclusion import conclude, ending_of
 from lcl_megatron.training.curves import write_curves
+from lcl_megatron.training.ending import Ending
 from lcl_megatron.training.meter import Meter
 from lcl_megatron.training.metrics_logger import METRICS_FILE
 from lcl_megatron.training.run import Run
@@ -18,7 +20,7 @@ from lcl_megatron.training.step import StepResult, train_step
 logger = logging.getLogger(__name__)
 
 
-def train(run: Run) -> None:
+def train(run: Run) -> Ending:
     """Train until ``train_iters``; report and save on their intervals, and save when asked to stop.
 
     Raises:
@@ -28,6 +30,7 @@ def train(run: Run) -> None:
     config = run.config
     meter = Meter(run)
     watch = BadImageWatch(config.data.max_bad_image_rate)
+    was_asked = False
     waiting_since = time.perf_counter()
     for batch in run.loader:
         data_wait_s = time.perf_counter() - waiting_since
@@ -42,7 +45,8 @@ def train(run: Run) -> None:
         meter.add(result, batch, data_wait_s)
 
         step, last = run.progress.step, run.progress.step == config.training.train_iters
-        stop = result.agreed.word.stop or (config.logging.exit_interval and step % config.logging.exit_interval == 0)
+        was_asked = result.agreed.word.stop
+        stop = was_asked or (config.logging.exit_interval and step % config.logging.exit_interval == 0)
         if step % config.logging.log_interval == 0 or last or stop:
             run.logger.log(step, meter.report(watch.total))
         if step % config.checkpoint.save_interval == 0 or last or stop:
@@ -51,7 +55,11 @@ def train(run: Run) -> None:
         if stop:
             break
         waiting_since = time.perf_counter()
+    ending = ending_of(run, was_asked)
+    run.stop.leave(ending.status)
     _draw_curves(run)
+    conclude(run, ending)
+    return ending
 
 
 def _watch(run: Run, watch: BadImageWatch, result: StepResult, batch: StepBatch) -> None:

@@ -28,7 +28,7 @@ class Run:
     logger: MetricsLogger
     """Writes reports on rank 0."""
     stop: StopSignal
-    """Set by SIGTERM."""
+    """Whether this rank was asked to stop."""
     progress: Progress
     """How far the run has come."""
 

@@ -31,13 +31,18 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def run_from(config: RunConfig) -> Iterator[Run]:
+def run_from(config: RunConfig, stop: StopSignal | None = None) -> Iterator[Run]:
     """Build a run, new or continued, on all ranks; leave the process groups at the end.
+
+    Args:
+        config: what is trained.
+        stop: what listens for signals already; None = it begins to listen here. Closed at the end.
 
     Raises:
         ConfigError, CorpusError, CheckpointError: the run cannot work as configured; rank 0's message says why.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    stop = stop or StopSignal()
     _configure_logging(int(os.environ.get("RANK", "0")))
     validate(config, world_size)
     corpora = open_corpora(config)
@@ -48,12 +53,12 @@ def run_from(config: RunConfig) -> Iterator[Run]:
     try:
         groups.require_agreement("the configuration", to_toml(config))
         groups.require_agreement("the data", plan.fingerprint)
-        run = _build(config, plan, groups)
-        try:
-            yield run
-        finally:
-            run.stop.close()
-            run.logger.close()
+        with stop:
+            run = _build(config, plan, groups, stop)
+            try:
+                yield run
+            finally:
+                run.logger.close()
     finally:
         groups.destroy()
 
@@ -99,8 +104,9 @@ def build_plan(config: RunConfig, corpora: Sequence[Corpus], dp_size: int) -> Pl
     )
 
 
-def _build(config: RunConfig, plan: Plan, groups: ProcessGroups) -> Run:
+def _build(config: RunConfig, plan: Plan, groups: ProcessGroups, stop: StopSignal) -> Run:
     if groups.rank == 0:
+        stop.watch(config.checkpoint.save)
         logger.info("configuration\n%s", describe(config))
         _log_data(plan)
     checkpoint = _checkpoint_to_resume(config)
@@ -126,8 +132,7 @@ def _build(config: RunConfig, plan: Plan, groups: ProcessGroups) -> Run:
             progress.step,
             config.training.train_iters,
         )
-    stop = StopSignal()
-    stop.listen()
+    stop.begin()
     return Run(
         config=config,
         trainable=trainable,
