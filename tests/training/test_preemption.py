@@ -118,6 +118,7 @@ def _without_clocks(reports: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{name: value for name, value in report.items() if not name.startswith(clocks)} for report in reports]
 
 
+@pytest.mark.slow
 def test_a_run_that_loses_a_rank_goes_on_and_ends_like_one_that_lost_none(corpus: Path, tmp_path: Path) -> None:
     def config(name: str) -> RunConfig:
         folder = tmp_path / name
