@@ -164,11 +164,14 @@ def _join(rank: int, world_size: int, port: int, variables: dict[str, str]) -> l
 
 def test_restarted_ranks_do_not_read_what_dead_ones_have_left_in_the_store() -> None:
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    assert run_distributed(_join, 1, store.port, {}) == [[]]
-    keys = store.num_keys()
-    # The first of the next ranks finds no key that it looks for: all of its own are new.
-    assert run_distributed(_join, 1, store.port, {"TORCHELASTIC_RESTART_COUNT": "1"}) == [[]]
-    assert store.num_keys() >= 2 * (keys - 1)
+    known: set[str] = set()
+    for attempt in range(3):
+        assert run_distributed(_join, 1, store.port, {"TORCHELASTIC_RESTART_COUNT": str(attempt)}) == [[]]
+        keys = set(store.list_keys()) - known
+        known |= keys
+        # As many new ones every time: none is written, and so none looked for, under the name of an earlier one.
+        assert len(known) == (attempt + 1) * len(keys)
+        assert len(keys) > 1
 
 
 @pytest.mark.parametrize(("nodes", "restarts", "warnings"), [("1", "3", 0), ("2", "0", 0), ("2", "3", 1)])
