@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 
 from lcl_megatron.checkpoint.folders import step_folder
 from lcl_megatron.training import launcher
@@ -39,8 +38,8 @@ def conclude(run: Run, ending: Ending) -> None:
     """Say on rank 0 how the run ends, and leave together; collective over all ranks after a requested stop.
 
     With ``--max-restarts`` an agent would take the status of a run that was asked to stop for a crash and start the
-    ranks again. So the first rank of each node tells its agent to end, unless it comes from there that the run is to
-    stop: an agent sends SIGTERM to all its ranks. Nobody leaves before all agents have been told.
+    ranks again. So the first rank of each node tells its agent to end, unless the agent is ending already: what it was
+    told, it has sent on to all its ranks. Nobody leaves before all agents have been told.
     """
     if run.engine.groups.rank == 0:
         run.stop.forget_stop_file()
@@ -49,6 +48,7 @@ def conclude(run: Run, ending: Ending) -> None:
         logger.info("%s", ending.describe(checkpoint if ending.save and checkpoint.is_dir() else ""))
     if ending.status is ExitStatus.STOPPED:
         is_first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
-        if is_first_of_node and launcher.would_restart() and not run.stop.has_received(signal.SIGTERM):
+        is_agent_ending = any(launcher.forwards(number) for number in run.stop.received)
+        if is_first_of_node and launcher.would_restart() and not is_agent_ending:
             launcher.end_agent()
         run.engine.groups.barrier()

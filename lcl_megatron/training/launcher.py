@@ -44,6 +44,14 @@ def would_restart() -> bool:
     return is_torchrun() and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > restart_count()
 
 
+def forwards(number: signal.Signals) -> bool:
+    """Return whether the agent, when a signal comes to it, sends it on to all its ranks and ends (else it dies).
+
+    SIGTERM and others do; ``torchrun --signals-to-handle`` adds to them.
+    """
+    return number.name in os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM").split(",")
+
+
 def end_agent() -> None:
     """Tell this node's agent to end instead of starting the ranks again: it then sends SIGTERM to all of them."""
     os.kill(os.getppid(), signal.SIGTERM)

@@ -114,9 +114,10 @@ class StopSignal:
                 self.reason = "stop file"
         return bool(self.reason)
 
-    def has_received(self, number: signal.Signals) -> bool:
-        """Return whether a signal has come to this process."""
-        return number in self._first
+    @property
+    def received(self) -> tuple[signal.Signals, ...]:
+        """Signals that have come to this process."""
+        return tuple(signal.Signals(number) for number in self._first)
 
     def leave(self, status: ExitStatus) -> None:
         """Everything is saved: a request no longer changes anything.
@@ -179,7 +180,7 @@ class StopSignal:
         phase, first = self._phase, self._remember(number)
         repeated = time.monotonic() - max(first, self._leaving_since) > SECONDS_OF_ONE_REQUEST
         if phase is _Phase.STARTING:
-            if number != signal.SIGTERM and launcher.would_restart():
+            if launcher.would_restart() and not launcher.forwards(number):
                 launcher.end_agent()
             self._leave_now(
                 ExitStatus.STOPPED,

@@ -5,6 +5,7 @@ The parent here is a process of a few lines; a real agent is killed in ``test_pr
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 
@@ -75,3 +76,10 @@ def test_an_agent_restarts_its_ranks_while_it_has_restarts_left(
             monkeypatch.setenv(name, value)
     assert launcher.would_restart() is expected
     assert launcher.restart_count() == int(values[2] or 0)
+
+
+def test_an_agent_sends_on_what_it_was_told_to_handle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_SIGNALS_TO_HANDLE", raising=False)
+    assert [launcher.forwards(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == [True, False]
+    monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+    assert [launcher.forwards(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == [True, True]
