@@ -8,6 +8,7 @@ Ranks are numbered tp fastest, then cp, then dp, then pp, which is megatron-core
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,14 +19,19 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from lcl_megatron.config.errors import ConfigError, require
 from lcl_megatron.parallel import cpu_host
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.distributed_c10d import Store
 
     from lcl_megatron.config import ParallelConfig
+
+logger = logging.getLogger(__name__)
 
 EmbeddingRanks = Callable[[list[int]], list[int]]
 """Takes the global ranks of one pipeline, first stage first; returns those that hold the token embedding."""
@@ -272,8 +278,43 @@ def _start(timeout: timedelta) -> None:
             )
         torch.cuda.set_device(local_rank)
         device = torch.device("cuda", local_rank)
-    if "RANK" in os.environ:
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        store, rank, world_size = _store_after_restart(timeout)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device
+        )
+    elif "RANK" in os.environ:
+        _warn_of_restarts()
         dist.init_process_group(backend, timeout=timeout, device_id=device)
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]  # public, but missing from torch's annotations
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout, device_id=device)
+
+
+def _store_after_restart(timeout: timedelta) -> tuple[Store, int, int]:
+    """Return the launcher's store, this process's rank and their number, for ranks that torchrun has started again.
+
+    The agents of torch 2.13 share one store with their ranks and keep it over restarts, addresses of dead ranks
+    included, which the next ranks would call: so these get keys of their own. Their number tells attempts apart on one
+    node; agents of several nodes count differently, and there the store must not be shared (``_warn_of_restarts``).
+    """
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    if _shares_store() and os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        store = PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    return store, rank, world_size
+
+
+def _shares_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _warn_of_restarts() -> None:
+    """Say on rank 0 if the restarts that torchrun was asked for could not work."""
+    restarts, nodes = (int(os.environ.get(n, "0")) for n in ("TORCHELASTIC_MAX_RESTARTS", "GROUP_WORLD_SIZE"))
+    if restarts and nodes > 1 and _shares_store() and os.environ["RANK"] == "0":
+        logger.warning(
+            "torchrun --max-restarts %d on %d nodes: ranks that are started again would find the addresses of the "
+            "dead ones; export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun is started",
+            restarts,
+            nodes,
+        )

@@ -9,14 +9,16 @@ from lcl_megatron.checkpoint import native
 from lcl_megatron.data.batch import StepBatch
 from lcl_megatron.parallel.parameter_hash import compare_replicas
 from lcl_megatron.training.bad_images import BadImageWatch, TooManyBadImagesError
+from lcl_megatron.training.conclusion import conclude, ending_of
 from lcl_megatron.training.curves import write_curves
+from lcl_megatron.training.ending import Ending
 from lcl_megatron.training.meter import Meter
 from lcl_megatron.training.metrics_logger import METRICS_FILE
 from lcl_megatron.training.run import Run
 from lcl_megatron.training.step import NonFiniteError, StepResult, train_step
 
 
-def train(run: Run) -> None:
+def train(run: Run) -> Ending:
     """Train until ``train_iters``; report and save on their intervals, and save when asked to stop.
 
     Raises:
@@ -25,20 +27,25 @@ def train(run: Run) -> None:
         ReplicaMismatchError: replicas hold different weights; nothing is written.
     """
     try:
-        _train(run)
+        was_asked = _train(run)
     except (NonFiniteError, TooManyBadImagesError):
         # All ranks raise these together, and a checkpoint that was begun before is worth completing.
         _finish_saving(run)
         raise
     _finish_saving(run)
+    ending = ending_of(run, was_asked)
+    run.stop.leave(ending.status)
     _draw_curves(run)
+    conclude(run, ending)
+    return ending
 
 
-def _train(run: Run) -> None:
-    """Train, report, begin checkpoints."""
+def _train(run: Run) -> bool:
+    """Train, report, begin checkpoints; return whether the run was asked to stop."""
     config = run.config
     meter = Meter(run)
     watch = BadImageWatch(config.data.max_bad_image_rate)
+    was_asked = False
     waiting_since = time.perf_counter()
     for batch in run.loader:
         data_wait_s = time.perf_counter() - waiting_since
@@ -58,7 +65,8 @@ def _train(run: Run) -> None:
         meter.add(result, batch, data_wait_s)
 
         step, last = run.progress.step, run.progress.step == config.training.train_iters
-        stop = result.agreed.word.stop or (config.logging.exit_interval and step % config.logging.exit_interval == 0)
+        was_asked = result.agreed.word.stop
+        stop = was_asked or (config.logging.exit_interval and step % config.logging.exit_interval == 0)
         if step % config.logging.log_interval == 0 or last or stop:
             run.logger.log(step, meter.report(watch.total))
         # While steps are skipped the weights may be why, finite but too large: no moment to replace a good checkpoint.
@@ -68,6 +76,7 @@ def _train(run: Run) -> None:
         if stop:
             break
         waiting_since = time.perf_counter()
+    return was_asked
 
 
 def _watch(run: Run, watch: BadImageWatch, result: StepResult, batch: StepBatch) -> None:

@@ -34,7 +34,7 @@ class Run:
     guard: Guard
     """Decides which steps are taken."""
     stop: StopSignal
-    """Set by SIGTERM."""
+    """Whether this rank was asked to stop."""
     progress: Progress
     """How far the run has come."""
     attempt: str

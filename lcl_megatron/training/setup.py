@@ -13,7 +13,7 @@ from pathlib import Path
 from lcl_megatron.checkpoint import native
 from lcl_megatron.checkpoint.initial_weights import load_initial_weights
 from lcl_megatron.checkpoint.lease import Lease, LeaseError
-from lcl_megatron.checkpoint.saver import Saver, remove_remains
+from lcl_megatron.checkpoint.saver import SaveError, Saver, remove_remains
 from lcl_megatron.config import ConfigError, RunConfig
 from lcl_megatron.config.sources import describe
 from lcl_megatron.config.toml import to_toml
@@ -36,13 +36,18 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def run_from(config: RunConfig) -> Iterator[Run]:
+def run_from(config: RunConfig, stop: StopSignal | None = None) -> Iterator[Run]:
     """Build a run, new or continued, on all ranks; leave the process groups at the end.
+
+    Args:
+        config: what is trained.
+        stop: what listens for signals already; None = it begins to listen here. Closed at the end.
 
     Raises:
         ConfigError, CorpusError, CheckpointError: the run cannot work as configured; rank 0's message says why.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    stop = stop or StopSignal()
     _configure_logging(int(os.environ.get("RANK", "0")))
     validate(config, world_size)
     corpora = open_corpora(config)
@@ -54,12 +59,11 @@ def run_from(config: RunConfig) -> Iterator[Run]:
         groups.require_agreement("the configuration", to_toml(config))
         groups.require_agreement("the data", plan.fingerprint)
         attempt = groups.shared_nonce()
-        with _lease(config, groups, attempt) as lease:
-            run = _build(config, plan, groups, attempt, lease)
+        with stop, _lease(config, groups, attempt) as lease:
+            run = _build(config, plan, groups, stop, attempt, lease)
             try:
                 yield run
             finally:
-                run.stop.close()
                 run.logger.close()
                 if run.saver is not None:
                     run.saver.close()
@@ -115,29 +119,35 @@ def _lease(config: RunConfig, groups: ProcessGroups, attempt: str) -> Iterator[L
     """Hold the folder of checkpoints, on rank 0.
 
     Raises:
-        LeaseError: another run writes into it, or it cannot be written; on all ranks.
+        LeaseError: another run writes into it; on all ranks.
+        SaveError: it cannot be written; on all ranks.
     """
-    lease, refusal = None, ""
+    lease, held, failed = None, "", ""
     root = Path(config.checkpoint.save)
     if config.checkpoint.save and groups.rank == 0:
         try:
             lease = Lease(root, attempt)
             remove_remains(root)
         except LeaseError as error:
-            refusal = str(error)
+            held = str(error)
         except OSError as error:
-            refusal = f"--save {root} cannot be written: {error}"
+            failed = f"--save {root} cannot be written: {error}"
     try:
-        if refusal := groups.first_rank_text(refusal):
-            raise LeaseError(refusal)
+        if held := groups.first_rank_text(held):
+            raise LeaseError(held)
+        if failed := groups.first_rank_text(failed):
+            raise SaveError(failed)
         yield lease
     finally:
         if lease is not None:
             lease.close()
 
 
-def _build(config: RunConfig, plan: Plan, groups: ProcessGroups, attempt: str, lease: Lease | None) -> Run:
+def _build(
+    config: RunConfig, plan: Plan, groups: ProcessGroups, stop: StopSignal, attempt: str, lease: Lease | None
+) -> Run:
     if groups.rank == 0:
+        stop.watch(config.checkpoint.save)
         logger.info("configuration\n%s", describe(config))
         _log_data(plan)
     checkpoint = checkpoint_to_resume(config.checkpoint, groups)
@@ -164,8 +174,7 @@ def _build(config: RunConfig, plan: Plan, groups: ProcessGroups, attempt: str, l
             progress.step,
             config.training.train_iters,
         )
-    stop = StopSignal()
-    stop.listen()
+    stop.begin()
     return Run(
         config=config,
         trainable=trainable,

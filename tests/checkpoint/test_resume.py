@@ -149,7 +149,7 @@ def test_run_that_stopped_itself_goes_on_from_where_it_saved(
     (first,) = run_distributed(_run, 1, stopping)
     assert first.progress.step == HALF
     assert first.progress.consumed_rows == HALF * config.training.global_batch_size
-    assert [path.name for path in tmp_path.iterdir()] == [f"step-{HALF:08d}"]
+    assert [path.name for path in tmp_path.glob("step-*")] == [f"step-{HALF:08d}"]
     resumed = run_distributed(_run, 1, config)
     _assert_same_end(resumed, uninterrupted(ONE)[1])
     # The finished run has nothing left to do.

@@ -171,3 +171,38 @@ def test_a_nonce_is_the_same_on_all_ranks_and_never_comes_again():
     assert first == second
     assert len(set(first)) == 3
     assert all(len(bytes.fromhex(nonce)) == 8 for nonce in first)
+
+
+def _join(rank: int, world_size: int, port: int, variables: dict[str, str]) -> list[str]:
+    """Start the groups of a lone process as under an agent that serves its store at a port; return warnings."""
+    dist.destroy_process_group()
+    os.environ.update(variables, MASTER_ADDR="localhost", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
+    said: list[str] = []
+    groups.logger.addFilter(lambda record: said.append(record.getMessage()) is None)
+    made = groups.initialize(ParallelConfig(), lambda pipeline: pipeline)
+    assert made.owns_default_group
+    made.barrier()
+    return said
+
+
+def test_restarted_ranks_do_not_read_what_dead_ones_have_left_in_the_store() -> None:
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    known: set[str] = set()
+    for attempt in range(3):
+        assert run_distributed(_join, 1, store.port, {"TORCHELASTIC_RESTART_COUNT": str(attempt)}) == [[]]
+        keys = set(store.list_keys()) - known
+        known |= keys
+        # As many new ones every time: none is written, and so none looked for, under the name of an earlier one.
+        assert len(known) == (attempt + 1) * len(keys)
+        assert len(keys) > 1
+
+
+@pytest.mark.parametrize(("nodes", "restarts", "warnings"), [("1", "3", 0), ("2", "0", 0), ("2", "3", 1)])
+def test_restarts_on_several_nodes_that_could_not_work_are_warned_of(nodes: str, restarts: str, warnings: int) -> None:
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    variables = {"GROUP_WORLD_SIZE": nodes, "TORCHELASTIC_MAX_RESTARTS": restarts}
+    (said,) = run_distributed(_join, 1, store.port, variables)
+    assert len(said) == warnings
+    for message in said:
+        assert "torchrun --max-restarts 3 on 2 nodes" in message
+        assert "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in message
