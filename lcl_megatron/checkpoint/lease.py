@@ -44,6 +44,8 @@ class Owner:
     """Machine."""
     boot: str
     """Identity of its last start; empty = unknown."""
+    namespace: str
+    """Where its process numbers count (containers have their own); empty = unknown."""
     pid: int
     """Process."""
     born: str
@@ -52,13 +54,15 @@ class Owner:
     @classmethod
     def this_process(cls, attempt: str) -> Owner:
         """Return this process as an owner."""
-        return cls(attempt, socket.gethostname(), _boot(), os.getpid(), _born(os.getpid()))
+        return cls(attempt, socket.gethostname(), _boot(), _namespace(), os.getpid(), _born(os.getpid()))
 
     def is_gone(self) -> bool:
         """Whether it is known not to live any more: a process of this machine that has ended."""
-        if self.host != socket.gethostname() or not self.boot or not self.born:
+        if self.host != socket.gethostname() or not (self.boot and self.namespace and self.born):
             return False
-        return self.boot != _boot() or self.born != _born(self.pid)
+        if self.boot != _boot():
+            return True
+        return self.namespace == _namespace() and self.born != _born(self.pid)
 
 
 class Lease:
@@ -198,12 +202,18 @@ def _read(path: Path) -> tuple[Owner, str] | None:
             return None
         except (ValueError, KeyError, TypeError, AttributeError):
             time.sleep(0.05)  # it is being written
-    return Owner("unreadable", "an unknown host", "", 0, ""), ""
+    return Owner("unreadable", "an unknown host", "", "", 0, ""), ""
 
 
 def _boot() -> str:
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return ""
+
+
+def _namespace() -> str:
+    with contextlib.suppress(OSError):
+        return os.readlink("/proc/self/ns/pid")
     return ""
 
 

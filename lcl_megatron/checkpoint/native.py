@@ -143,19 +143,19 @@ def save(root: str | Path, trainable: Trainable, progress: Progress, tokenizer: 
     return step_folder(root, progress.step)
 
 
-def load(checkpoint: Path, trainable: Trainable, is_verified: bool = False) -> Progress:
+def load(checkpoint: Path, trainable: Trainable, verify: bool = True) -> Progress:
     """Fill model, optimizer, schedule and guard from a checkpoint of any layout; no communication.
 
     Args:
         checkpoint: its folder.
         trainable: what is filled.
-        is_verified: its files have just been compared with its manifest; else those that are read are compared here.
+        verify: compare the files that are read with the manifest; off where that has just been done.
 
     Raises:
         CheckpointError: the checkpoint's architecture differs.
         DamagedCheckpointError: it is damaged.
     """
-    reader = CheckpointReader(checkpoint, is_verified)
+    reader = CheckpointReader(checkpoint, verify)
     state = reader.state()
     check_architecture(checkpoint, trainable.engine.config)
     fill(_held(trainable), reader)

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lcl_megatron.checkpoint import manifest as manifests
 from lcl_megatron.checkpoint.folders import CONFIG_FILE, Progress, complete_checkpoints
-from lcl_megatron.checkpoint.manifest import DamagedCheckpointError, damage_of, raise_damages, read_manifest, verify
+from lcl_megatron.checkpoint.manifest import DamagedCheckpointError, damage_of, raise_damages, read_manifest
 from lcl_megatron.checkpoint.shard_file import INDEX_FILE, Region, Shape, Stored, StoredTensor, read_index
 
 logger = logging.getLogger(__name__)
@@ -43,16 +44,16 @@ class CheckpointReader:
 
     Args:
         folder: the checkpoint.
-        is_verified: its files have been compared with its manifest just now.
+        verify: compare files with the manifest when they are first read.
 
     Raises:
         DamagedCheckpointError: it has no valid manifest or index.
     """
 
-    def __init__(self, folder: Path, is_verified: bool = False) -> None:
+    def __init__(self, folder: Path, verify: bool = True) -> None:
         self.folder = folder
         self.manifest = read_manifest(folder)
-        self._unverified = set() if is_verified else set(self.manifest.files)
+        self._unverified = set(self.manifest.files) if verify else set()
         self._verify([INDEX_FILE])
         try:
             self.tensors: dict[str, StoredTensor] = read_index(folder / INDEX_FILE)
@@ -194,7 +195,7 @@ def newest_whole(root: str | Path) -> Path | None:
     damaged: DamagedCheckpointError | None = None
     for checkpoint in complete_checkpoints(root):
         try:
-            verify(checkpoint)
+            manifests.verify(checkpoint)
             return checkpoint
         except DamagedCheckpointError as error:
             damaged = error

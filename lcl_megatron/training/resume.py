@@ -101,7 +101,8 @@ def resume(config: RunConfig, plan: Plan, trainable: native.Trainable, checkpoin
     """
     if checkpoint is None:
         return native.Progress(data=plan.description)
-    loaded = native.load(checkpoint, trainable, is_verified=config.checkpoint.verify_checkpoint)
+    # ``checkpoint_to_resume`` has compared the files with the manifest, or was told not to.
+    loaded = native.load(checkpoint, trainable, verify=False)
     progress = _on_this_data(config, plan, checkpoint, loaded)
     if trainable.engine.groups.rank == 0:
         ignored = f"; --init-weights {config.checkpoint.init_weights} is for new runs and was not read"

@@ -80,6 +80,23 @@ def test_a_process_number_that_another_process_has_got_is_not_taken_for_the_owne
     first.close()
 
 
+def test_a_process_number_of_another_container_says_nothing(tmp_path: Path) -> None:
+    holder = _holder(tmp_path)
+    _edit(tmp_path, namespace="pid:[1]", born="12345")
+    with pytest.raises(LeaseError, match="is being written by another run"):
+        Lease(tmp_path, "other")
+    holder.kill()
+    holder.communicate()
+
+
+def test_a_run_from_before_the_machine_restarted_is_followed_at_once(tmp_path: Path) -> None:
+    first = Lease(tmp_path, "first", beat_s=3600)
+    _edit(tmp_path, boot="another", namespace="pid:[1]")
+    second = Lease(tmp_path, "second", expires_s=3600)
+    second.close()
+    first.close()
+
+
 def test_a_silent_run_of_another_machine_is_followed_when_its_lease_has_expired(tmp_path: Path) -> None:
     first = Lease(tmp_path, "first", beat_s=3600)
     _edit(tmp_path, host="elsewhere")
