@@ -99,8 +99,15 @@ class ProcessGroups:
 
         Under context parallelism its rank is named too: ``rank 5 (dp1 pp0 cp0 tp1)``.
         """
-        context = f"cp{self.cp_rank} " if self.cp_size > 1 else ""
-        return f"rank {self.rank} (dp{self.dp_rank} pp{self.pp_rank} {context}tp{self.tp_rank})"
+        return self.describe_rank(self.rank)
+
+    def describe_rank(self, rank: int) -> str:
+        """Return rank and coordinates of any rank, as ``describe`` does for this one."""
+        rest, tp = divmod(rank, self.tp_size)
+        rest, cp = divmod(rest, self.cp_size)
+        pp, dp = divmod(rest, self.dp_size)
+        context = f"cp{cp} " if self.cp_size > 1 else ""
+        return f"rank {rank} (dp{dp} pp{pp} {context}tp{tp})"
 
     @property
     def device(self) -> torch.device:

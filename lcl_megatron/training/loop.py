@@ -28,6 +28,7 @@ def train(run: Run) -> None:
     config = run.config
     meter = Meter(run)
     watch = BadImageWatch(config.data.max_bad_image_rate)
+    run.watchdog.mark("data", run.progress.step + 1)
     waiting_since = time.perf_counter()
     for batch in run.loader:
         data_wait_s = time.perf_counter() - waiting_since
@@ -44,13 +45,16 @@ def train(run: Run) -> None:
         step, last = run.progress.step, run.progress.step == config.training.train_iters
         stop = result.agreed.word.stop or (config.logging.exit_interval and step % config.logging.exit_interval == 0)
         if step % config.logging.log_interval == 0 or last or stop:
+            run.watchdog.mark("report")
             run.logger.log(step, meter.report(watch.total))
         if step % config.checkpoint.save_interval == 0 or last or stop:
             save_checkpoint(run)
         run.logger.progress(step)
         if stop:
             break
+        run.watchdog.mark("data", step + 1)
         waiting_since = time.perf_counter()
+    run.watchdog.mark("report")
     _draw_curves(run)
 
 
@@ -75,6 +79,7 @@ def save_checkpoint(run: Run) -> None:
     """Write a checkpoint of the run as it is, if the run has a place for them; collective over all ranks."""
     if not run.config.checkpoint.save:
         return
+    run.watchdog.mark("save")
     tokenizer = run.plan.sequence.sources[0].corpus.tokenizer.model
     with run.engine.whole_parameters():
         folder = native.save(run.config.checkpoint.save, run.trainable, run.progress, tokenizer)

@@ -15,6 +15,7 @@ from lcl_megatron.data.batch import StepBatch
 from lcl_megatron.losses.monitors import alignment, background_similarity, effective_rank, feature_std
 from lcl_megatron.parallel.report import sum_over_data_parallel
 from lcl_megatron.training.flops import device_peak_flops, layout_flops, model_flops_utilization
+from lcl_megatron.training.stragglers import RankWork, report_work
 
 if TYPE_CHECKING:
     from lcl_megatron.parallel.contrastive import ContrastiveOutput, Repeats
@@ -61,6 +62,7 @@ class Meter:
         self.flops = 0.0
         self.sums = torch.zeros(_SUMS, device=self.run.engine.device)
         self.result: StepResult | None = None
+        self.run.engine.work.take()
 
     def add(self, result: StepResult, batch: StepBatch, data_wait_s: float) -> None:
         """Add a step.
@@ -130,6 +132,8 @@ class Meter:
         if weights.latent_regression_loss_weight > 0:
             metrics["loss/latent_regression"] = per_step["latent_regression"]
             metrics["loss/total"] += weights.latent_regression_loss_weight * metrics["loss/latent_regression"]
+        work = RankWork(1000 * self.data_wait_s / self.steps, 1000 * run.engine.work.take() / self.steps)
+        metrics |= report_work(work, run.engine.groups, run.config.guard.straggler_ratio, metrics["perf/step_ms"])
         utilization = model_flops_utilization(self.flops, seconds, run.engine.groups.world_size, self.peak_flops)
         if utilization is not None:
             metrics["perf/model_flops_utilization"] = utilization

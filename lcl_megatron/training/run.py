@@ -11,6 +11,7 @@ from lcl_megatron.data.planning.plan import Plan
 from lcl_megatron.parallel.engine import Engine
 from lcl_megatron.training.metrics_logger import MetricsLogger
 from lcl_megatron.training.stop import StopSignal
+from lcl_megatron.training.watchdog import Watchdog
 
 
 @dataclass
@@ -29,6 +30,8 @@ class Run:
     """Writes reports on rank 0."""
     stop: StopSignal
     """Set by SIGTERM."""
+    watchdog: Watchdog
+    """Is told what the loop does, and speaks up when that takes too long."""
     progress: Progress
     """How far the run has come."""
 

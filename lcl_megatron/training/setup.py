@@ -26,6 +26,7 @@ from lcl_megatron.training.metrics_logger import MetricsLogger
 from lcl_megatron.training.optimizer import build_optimizer, build_scheduler
 from lcl_megatron.training.run import Run
 from lcl_megatron.training.stop import StopSignal
+from lcl_megatron.training.watchdog import Watchdog, watch
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ def run_from(config: RunConfig) -> Iterator[Run]:
 
     Raises:
         ConfigError, CorpusError, CheckpointError: the run cannot work as configured; rank 0's message says why.
+        CollectiveError: another rank is late or gone.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     _configure_logging(int(os.environ.get("RANK", "0")))
@@ -48,12 +50,13 @@ def run_from(config: RunConfig) -> Iterator[Run]:
     try:
         groups.require_agreement("the configuration", to_toml(config))
         groups.require_agreement("the data", plan.fingerprint)
-        run = _build(config, plan, groups)
-        try:
-            yield run
-        finally:
-            run.stop.close()
-            run.logger.close()
+        with watch(config, groups) as watchdog:
+            run = _build(config, plan, groups, watchdog)
+            try:
+                yield run
+            finally:
+                run.stop.close()
+                run.logger.close()
     finally:
         groups.destroy()
 
@@ -99,7 +102,8 @@ def build_plan(config: RunConfig, corpora: Sequence[Corpus], dp_size: int) -> Pl
     )
 
 
-def _build(config: RunConfig, plan: Plan, groups: ProcessGroups) -> Run:
+def _build(config: RunConfig, plan: Plan, groups: ProcessGroups, watchdog: Watchdog) -> Run:
+    watchdog.mark("load")
     if groups.rank == 0:
         logger.info("configuration\n%s", describe(config))
         _log_data(plan)
@@ -148,6 +152,7 @@ def _build(config: RunConfig, plan: Plan, groups: ProcessGroups) -> Run:
             resume_step=progress.step,
         ),
         stop=stop,
+        watchdog=watchdog,
         progress=progress,
     )
 

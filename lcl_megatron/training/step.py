@@ -36,10 +36,13 @@ def train_step(run: Run, batch: StepBatch) -> StepResult:
         NonFiniteError: the gradient norm is not finite, on all ranks alike.
     """
     engine, optimizer = run.engine, run.trainable.optimizer
+    run.watchdog.mark("agree")
     agreed = agree(batch, engine.groups, Word(stop=run.stop.requested))
+    run.watchdog.mark("forward_backward")
     engine.zero_gradients()
     optimizer.zero_grad()
     losses = losses_and_gradients(engine, agreed)
+    run.watchdog.mark("optimizer")
     # The rate of step k is lr * (k + 1) / warm-up: no step is spent at rate 0.
     run.trainable.scheduler.step(1)
     _, grad_norm, _ = optimizer.step()
