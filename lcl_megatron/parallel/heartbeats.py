@@ -91,7 +91,7 @@ class Heartbeats:
         if store is not default:  # the store of a lone process has no connection to clone
             store.set_timeout(_STORE_TIMEOUT)
         own = dist.PrefixStore(PREFIX, store)  # type: ignore[attr-defined]  # missing from torch's annotations
-        board = cls(groups.rank, groups.world_size, own, max(interval, groups.world_size / MAX_WRITES_PER_S))
+        board = cls(groups.rank, groups.world_size, own, beat_interval(interval, groups.world_size))
         board.write(0, "start", 0.0)
         groups.barrier()
         return board
@@ -124,6 +124,11 @@ class Heartbeats:
         except RuntimeError as error:
             raise BoardError(_gone(error)) from error
         return [Beat.from_text(value.decode()) for value in values]
+
+
+def beat_interval(wanted: float, world_size: int) -> float:
+    """Return the seconds between a rank's beats: as wanted, or longer where so many ranks would keep the store busy."""
+    return max(wanted, world_size / MAX_WRITES_PER_S)
 
 
 def _gone(error: RuntimeError) -> str:

@@ -25,7 +25,9 @@ logger = logging.getLogger(__name__)
 MAX_NAMED = 8
 """Slow ranks named in one report, the slowest first."""
 LEAST_SHARE = 0.05
-"""A rank that costs a smaller share of the step is not named, whatever the ratio."""
+"""A rank that costs a smaller share of the step is not named, whatever the ratio ..."""
+LEAST_MS = 10.0
+"""... nor one that costs so little a step, which a busy host can do to any rank."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def report_work(own: RankWork, groups: ProcessGroups, ratio: float, step_ms: flo
         return {}
     work = [RankWork(*values) for values in gather_over_ranks([own.data_ms, own.forward_ms], groups)]
     if groups.rank == 0:
-        _warn(find_stragglers(work, groups.pp_size, ratio, LEAST_SHARE * step_ms), groups)
+        _warn(find_stragglers(work, groups.pp_size, ratio, max(LEAST_MS, LEAST_SHARE * step_ms)), groups)
     totals = [one.total_ms for one in work]
     return {"perf/slowest_rank_ms": max(totals), "perf/median_rank_ms": median_low(totals)}
 

@@ -39,8 +39,8 @@ def name_suspects(first: Reading, second: Reading, describe: Callable[[int], str
         describe: rank with coordinates.
 
     Returns:
-        E.g. ``rank 1 (dp1 pp0 tp0) is behind: step 7, data, silent for at least 35 s``; one line that says so if no
-        rank differs from the others.
+        E.g. ``rank 1 (dp1 pp0 tp0) is behind: step 7, data, for 300 s`` or ``rank 2 (dp2 pp0 tp0) is behind: last heard
+        of in step 7, agree, silent for at least 150 s``; one line that says so if no rank differs from the others.
     """
     running = [(beat.step, _ORDER[beat.phase]) for beat in second.beats if beat.phase not in ("failed", "end")]
     differ = len(set(running)) > 1 or any(beat.phase == "failed" for beat in second.beats)
@@ -54,9 +54,13 @@ def name_suspects(first: Reading, second: Reading, describe: Callable[[int], str
         is_behind = differ and (now.step, _ORDER[now.phase]) == min(running)
         if not is_silent and not is_behind:
             continue
-        since = f"silent for at least {second.at - first.at:.0f} s" if is_silent else f"for {now.seconds:.0f} s"
-        verdict = "is behind" if is_behind else "is silent"
-        lines.append(f"{describe(rank)} {verdict}: step {now.step}, {now.phase}, {since}")
+        place = f"step {now.step}, {now.phase}"
+        if is_silent:
+            # Between its last beat and its end it may have come a little farther.
+            place = f"last heard of in {place}, silent for at least {second.at - first.at:.0f} s"
+        else:
+            place += f", for {now.seconds:.0f} s"
+        lines.append(f"{describe(rank)} is {'behind' if is_behind else 'silent'}: {place}")
     if not lines:
         beat = second.beats[0]
         return [f"no rank is behind: all {len(second.beats)} are in step {beat.step}, {beat.phase}, and alive"]

@@ -41,6 +41,7 @@ _MAX_INTERVAL_S = 2.0
 _BEATS_TO_TELL = 2.5
 """A living rank writes at least once in so many intervals."""
 _STANDARD_ERROR = 2
+_DISK_PHASES = ("load", "save")
 
 
 class CollectiveError(RuntimeError):
@@ -67,7 +68,7 @@ class HangLimits:
 
     def exit_in(self, phase: Phase) -> float:
         """Return after how long in a phase the process ends."""
-        return self.exit_disk_s if phase in ("load", "save") else self.exit_s
+        return self.exit_disk_s if phase in _DISK_PHASES else self.exit_s
 
 
 class _Place(NamedTuple):
@@ -121,7 +122,11 @@ class Watchdog:
             phase: part of the step.
             step: optimizer step, 1 for the first; None = as before.
         """
-        self._place = _Place(self._place.step if step is None else step, phase, self._clock())
+        before = self._place
+        self._place = _Place(before.step if step is None else step, phase, self._clock())
+        if before.phase in _DISK_PHASES and self._thread is not None:
+            # The thread, which may not come to run again, has allowed for the time of a disk.
+            self._put_off_end(self._limits.exit_in(phase))
 
     def start(self) -> None:
         """Begin to watch, unless ``report_s`` is 0; collective over all ranks, on the host."""
@@ -133,7 +138,8 @@ class Watchdog:
 
     def close(self) -> None:
         """Stop watching, and tell the others that this rank left; calling it again is harmless."""
-        self.mark("end")
+        if self._place.phase != "failed":
+            self.mark("end")
         if self._thread is None:
             return
         self._closed.set()
@@ -172,7 +178,7 @@ class Watchdog:
             self._look(self._board)
             if self._closed.wait(self._board.interval):
                 break
-        self._beat(self._board)
+        self._look(self._board)
 
     def _look(self, board: Heartbeats) -> None:
         """Look once whether the loop got on."""
@@ -180,14 +186,14 @@ class Watchdog:
         # No more than the thread slept: a process that was stopped for an hour did not hang for an hour.
         passed, self._looked_at = min(now - self._looked_at, 3 * board.interval), now
         if place is not self._seen:
-            if self._has_spoken:
+            if self._has_spoken and place.phase != "failed":
                 self._write(f"{self._groups.describe()} goes on again, after {self._still_s:.0f} s", stacks=False)
             self._seen, self._still_s, self._reading, self._has_spoken = place, 0.0, None, False
         else:
             self._still_s += passed
         left = self._limits.exit_in(place.phase) - self._still_s
         if left > 0:
-            faulthandler.dump_traceback_later(left + 3 * board.interval + 1, exit=True, file=_STANDARD_ERROR)
+            self._put_off_end(left)
         is_alive = self._beat(board)
         if self._still_s >= self._limits.report_s / 2 and self._reading is None and is_alive:
             self._reading = self._read_or_none(board)
@@ -195,6 +201,13 @@ class Watchdog:
             self._report(board, place)
         if left <= 0:
             self._end(place)
+
+    def _put_off_end(self, seconds: float) -> None:
+        """Let the thread of ``faulthandler`` end the process a while after this one would have."""
+        if self._closed.is_set():  # what comes after the run is not watched
+            return
+        interval = 0.0 if self._board is None else self._board.interval
+        faulthandler.dump_traceback_later(seconds + 3 * interval + 1, exit=True, file=_STANDARD_ERROR)
 
     def _beat(self, board: Heartbeats) -> bool:
         """Tell the others; return whether the store still answers. Without it, a rank watches itself alone."""
