@@ -53,7 +53,10 @@ def run_from(config: RunConfig) -> Iterator[Run]:
         with watch(config, groups) as watchdog:
             run = _build(config, plan, groups, watchdog)
             try:
-                yield run
+                # Before SIGTERM is given back: a launcher sends it as soon as one rank dies, and the others' message
+                # takes some seconds.
+                with watchdog.explained():
+                    yield run
             finally:
                 run.stop.close()
                 run.logger.close()

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 HANGS_FOLDER = "hangs"
 """Folder below ``logging.log_dir``, or below ``checkpoint.save``, with one file for each rank that hung."""
-_MAX_INTERVAL_S = 2.0
+_MAX_INTERVAL_S = 1.0
 _BEATS_TO_TELL = 2.5
 """A living rank writes at least once in so many intervals."""
 _STANDARD_ERROR = 2
@@ -148,7 +148,23 @@ class Watchdog:
         self._thread = None
         faulthandler.cancel_dump_traceback_later()
 
-    def explain(self, error: BaseException) -> str:
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Explain errors out of collectives that are raised inside; leave all others alone.
+
+        Raises:
+            CollectiveError: in the place of an error out of a collective, from which it is raised.
+        """
+        try:
+            yield
+        except CollectiveError:
+            raise
+        except RuntimeError as error:
+            if not is_collective_error(error):
+                raise
+            raise CollectiveError(self._explain(error)) from error
+
+    def _explain(self, error: BaseException) -> str:
         """Return what is known of a failed collective: this rank's place, the error, and who is behind.
 
         What this rank knows by itself goes to standard error at once, because a launcher may end the process before
@@ -275,20 +291,17 @@ class Watchdog:
 
 @contextmanager
 def watch(config: RunConfig, groups: ProcessGroups) -> Iterator[Watchdog]:
-    """Watch over a run; collective over all ranks.
+    """Watch over a run, and explain its errors; collective over all ranks.
 
     Raises:
-        CollectiveError: in the place of an error out of a collective, from which it is raised.
+        CollectiveError: see ``Watchdog.explained``.
     """
     root = config.logging.log_dir or config.checkpoint.save
     watchdog = Watchdog(groups, HangLimits.of(config), Path(root) / HANGS_FOLDER if root else None)
     watchdog.start()
     try:
-        yield watchdog
-    except RuntimeError as error:
-        if not is_collective_error(error):
-            raise
-        raise CollectiveError(watchdog.explain(error)) from error
+        with watchdog.explained():
+            yield watchdog
     finally:
         watchdog.close()
 
