@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -127,9 +128,19 @@ def test_a_stopped_rank_is_named_and_its_lost_time_is_no_hang_of_its_own(corpus:
 
 
 def test_when_a_rank_is_killed_the_others_say_who_they_are_and_who_is_gone(corpus: Path, tmp_path: Path) -> None:
-    config = hasty(corpus, tmp_path, parallel={"pipeline_model_parallel_size": 1})
+    """Also when the launcher, which sees the dead rank at once, sends the others SIGTERM meanwhile."""
+
+    def train_and_die(rank: int, world_size: int) -> None:
+        (tmp_path / f"pid-{rank}").write_text(str(os.getpid()))
+        _train(rank, world_size, hasty(corpus, tmp_path), 2, die)
+
+    def die() -> None:
+        others = " ".join((tmp_path / f"pid-{rank}").read_text() for rank in (0, 1, 3))
+        subprocess.Popen(["sh", "-c", f"sleep 0.2; kill -TERM {others}"])
+        os.kill(os.getpid(), signal.SIGKILL)
+
     with pytest.raises(RankError) as caught:
-        run_distributed(_train, 4, config, 2, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        run_distributed(train_and_die, 4)
     report = str(caught.value)
     assert "rank 2 died without a report: signal SIGKILL" in report
     errors = [part for part in report.split("CollectiveError: ")[1:]]
