@@ -17,7 +17,8 @@ class WorkClock:
 
     On a GPU a stretch is what the device does between two events of its stream, read when it is long over; elsewhere
     it is the time that the host spends. What ranks wait for in transfers between stages, in reductions and in the
-    contrast is outside the stretches; what tensor- and context-parallel peers wait for inside their layers is not.
+    contrast is outside the stretches; what tensor- and context-parallel peers wait for inside their layers is not, and
+    with ``overlap_param_gather`` neither is the arrival of the parameters.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -214,7 +214,7 @@ def test_a_clock_that_jumps_is_no_hang(tmp_path: Path, monkeypatch: pytest.Monke
         return time.monotonic() + 3600 * jumped.is_set()
 
     groups = initialize(ParallelConfig(), lambda pipeline: pipeline[:1])
-    watchdog = Watchdog(groups, HangLimits(1.2, 1000.0, 1000.0), tmp_path, clock)
+    watchdog = Watchdog(groups, HangLimits(1.2, 1e6, 1e6), tmp_path, clock)
     try:
         watchdog.start()
         watchdog.mark("data", 1)
