@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[1]
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
 
 
-def call(tool: str, *arguments: object) -> str:
-    """Run a tool in a process of its own; return both of its outputs."""
+def run_tool(tool: str, *arguments: object) -> tuple[int, str]:
+    """Run a tool in a process of its own; return its exit status and both of its outputs."""
     result = subprocess.run(
         [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *map(str, arguments)],
         capture_output=True,
@@ -35,8 +35,14 @@ def call(tool: str, *arguments: object) -> str:
         check=False,
     )
     output = result.stdout + result.stderr
-    assert result.returncode == 0, output
     assert "Traceback" not in output
+    return result.returncode, output
+
+
+def call(tool: str, *arguments: object) -> str:
+    """Run a tool that must succeed; return both of its outputs."""
+    status, output = run_tool(tool, *arguments)
+    assert status == 0, output
     return output
 
 

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from lcl_megatron.checkpoint.convert.export_targets import ExportSource
 from lcl_megatron.checkpoint.convert.measurement import Measurement
-from lcl_megatron.checkpoint.convert.whole_model import MODELING_FILE
+from lcl_megatron.checkpoint.convert.whole_model import MODELING_FILE, modeling_code
 from lcl_megatron.checkpoint.export import ExportReport
+from lcl_megatron.checkpoint.manifest import CheckpointError
 from lcl_megatron.checkpoint.stock_libraries import stock_library
 from lcl_megatron.checkpoint.weights import WEIGHTS_FILE, ModelWeights
 from lcl_megatron.config import ParallelConfig
@@ -205,11 +206,7 @@ def _check_language_model(model: Reference, folder: Path) -> dict[str, Measureme
 def _check_whole_model(model: Reference, folder: Path) -> dict[str, Measurement]:
     stock_library("timm")
     stock_library("transformers")
-    # The shipped file itself, as trust_remote_code would run it, but without a copy in a cache.
-    spec = importlib.util.spec_from_file_location("exported_modeling_lcl", folder / MODELING_FILE)
-    loader = present(present(spec).loader)
-    module = importlib.util.module_from_spec(present(spec))
-    loader.exec_module(module)
+    module = exported_module(folder)
     whole, info = module.LCLForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
     whole.eval()
     batch = model.interleaved(present(model.special))
@@ -222,6 +219,21 @@ def _check_whole_model(model: Reference, folder: Path) -> dict[str, Measurement]
         (whole.logit_scale, logit_scale[None]),
     ]
     return {"whole_model": _measurement(whole, pairs, _keys(info))}
+
+
+def exported_module(folder: Path) -> Any:
+    """Return the module in an exported folder: the file itself, as transformers would run it, but without a copy.
+
+    Raises:
+        CheckpointError: it is not the file that an export writes; nothing of it is run.
+    """
+    path = folder / MODELING_FILE
+    if not path.is_file() or path.read_text(encoding="utf-8") != modeling_code():
+        raise CheckpointError(f"{path} is not the code of this version, which alone is run; export the model again")
+    spec = importlib.util.spec_from_file_location("exported_modeling_lcl", path)
+    module = importlib.util.module_from_spec(present(spec))
+    present(present(spec).loader).exec_module(module)
+    return module
 
 
 def _pretrained(name: str, folder: Path) -> tuple[Any, tuple[list[str], list[str]]]:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lcl_megatron.checkpoint.manifest import STEP_FOLDER, CheckpointError, DamagedCheckpointError, flush_to_disk
 from lcl_megatron.config import RunConfig
 from lcl_megatron.config.toml import from_toml
 
-_STEP_FOLDER = re.compile(r"step-(\d{8,})")
 CONFIG_FILE = "run.toml"
 TOKENIZER_FILE = "tokenizer.model"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used for this run."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +32,24 @@ def step_folder(root: str | Path, step: int) -> Path:
     return Path(root) / f"step-{step:08d}"
 
 
-def find_latest(root: str | Path) -> Path | None:
-    """Return the complete checkpoint with the highest step under ``root``, or ``root`` itself if it is one."""
+def complete_checkpoints(root: str | Path) -> list[Path]:
+    """Return the checkpoints under ``root`` by their names, newest first, or ``root`` itself if it is one.
+
+    Names tell that a checkpoint was completed, and not that its files are still as they were: see ``manifest.verify``.
+    """
     root = Path(root)
-    if (root / CONFIG_FILE).is_file():
-        return root
     if not root.is_dir():
-        return None
-    complete = [folder for folder in root.iterdir() if _STEP_FOLDER.fullmatch(folder.name) and folder.is_dir()]
-    return max(complete, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+        return []
+    # By its name too: a checkpoint whose file is missing is a damaged one, and not none.
+    if (root / CONFIG_FILE).is_file() or STEP_FOLDER.fullmatch(root.resolve().name):
+        return [root]
+    complete = [folder for folder in root.iterdir() if STEP_FOLDER.fullmatch(folder.name) and folder.is_dir()]
+    return sorted(complete, key=lambda folder: int(folder.name.split("-")[1]), reverse=True)
+
+
+def find_latest(root: str | Path) -> Path | None:
+    """Return the first of ``complete_checkpoints``; None if there is none."""
+    return next(iter(complete_checkpoints(root)), None)
 
 
 def read_config(checkpoint: Path) -> RunConfig:
@@ -54,6 +57,7 @@ def read_config(checkpoint: Path) -> RunConfig:
 
     Raises:
         CheckpointError: the folder is no checkpoint.
+        ConfigError: the file holds another configuration than any of this version.
     """
     path = checkpoint / CONFIG_FILE
     if not path.is_file():
@@ -62,7 +66,10 @@ def read_config(checkpoint: Path) -> RunConfig:
             "stock library, such as an export, becomes a start for runs by "
             "tools/convert_checkpoint.py import FOLDER WEIGHTS"
         )
-    return from_toml(path.read_text(encoding="utf-8"), str(path))
+    try:
+        return from_toml(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise DamagedCheckpointError(f"{path} is no text: {error}") from error
 
 
 def commit_folder(staging: Path, final: Path) -> None:
@@ -73,15 +80,6 @@ def commit_folder(staging: Path, final: Path) -> None:
         final: its new name; must not exist.
     """
     for path in [*staging.rglob("*"), staging]:
-        _flush_to_disk(path)
+        flush_to_disk(path)
     staging.rename(final)
-    _flush_to_disk(final.parent)
-
-
-def _flush_to_disk(path: Path) -> None:
-    """Make a file's content, or a folder's names, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush_to_disk(final.parent)

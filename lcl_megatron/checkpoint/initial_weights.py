@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 from torch.nn import functional as F
 
-from lcl_megatron.checkpoint.folders import CheckpointError
+from lcl_megatron.checkpoint.manifest import CheckpointError
 from lcl_megatron.checkpoint.native import model_state
 from lcl_megatron.checkpoint.parameters import PARTS
 from lcl_megatron.checkpoint.weights import FUSED_NAMES, ModelWeights, read_weights

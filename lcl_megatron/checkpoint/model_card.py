@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lcl_megatron.checkpoint.convert import timm_vit
-from lcl_megatron.checkpoint.folders import CheckpointError
+from lcl_megatron.checkpoint.manifest import CheckpointError
 from lcl_megatron.checkpoint.stock_libraries import stock_library
 from lcl_megatron.checkpoint.weights import ModelWeights
 from lcl_megatron.config.toml import NONE

@@ -1,46 +1,50 @@
-"""Training checkpoints: saved at any tensor, pipeline and data-parallel size, loaded at any other.
+"""Training checkpoints: saved at any tensor, pipeline, context and data-parallel size, loaded at any other.
 
     SAVE/step-00001000/            complete: a folder gets this name only when everything in it is on disk
-        *.distcp, .metadata, common.pt, metadata.json      megatron-core's distributed checkpoint
-        run.toml                                           the whole resolved configuration
-        tokenizer.model                                    the corpus's tokenizer
-    SAVE/.staging-step-00001000/   being written, or left by a run that was killed; never read
+        manifest.json              size and SHA-256 of every file (``manifest.py``)
+        index.json                 where each tensor's pieces lie (``shard_file.py``)
+        state.json                 progress, schedule, Adam's step, what guards the run
+        run.toml                   the whole resolved configuration
+        tokenizer.model            the corpus's tokenizer
+        vision-weights-00000.safetensors, language-moments-00003.safetensors, ...     PART-KIND-RANK (``held.py``)
+    SAVE/.staging-step-00001000-ATTEMPT/   being written, or left by a run that was killed; never read
+    SAVE/.lease                    who writes into the folder (``lease.py``)
 
-megatron-core plans and writes the shards. It overwrites in place and has no marker that survives a kill in every
-case, so that writing goes to a staging folder that is renamed when complete.
+megatron-core says which rank holds what (``sharded_state_dict``). Its own storage (0.16.1) detects no damage, writes
+in place, unpickles what it reads, and can hang when a writer dies; so files, manifest and commit are ours. Each rank
+writes what it holds; no tensor is gathered.
 """
 
 from __future__ import annotations
 
-import logging
-import shutil
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from lcl_megatron.checkpoint import optimizer_state
 from lcl_megatron.checkpoint.folders import (
     CONFIG_FILE,
     TOKENIZER_FILE,
-    CheckpointError,
     Progress,
-    commit_folder,
     find_latest,
     read_config,
     step_folder,
 )
-from lcl_megatron.config import RunConfig
+from lcl_megatron.checkpoint.held import Held, fill, held_weights, images_of
+from lcl_megatron.checkpoint.manifest import CheckpointError
+from lcl_megatron.checkpoint.optimizer_state import adam_step, held_state, set_adam_step
+from lcl_megatron.checkpoint.reader import STATE_FILE, CheckpointReader
+from lcl_megatron.checkpoint.saver import Saver
+from lcl_megatron.checkpoint.writer_process import FileImage
+from lcl_megatron.config import CheckpointConfig, RunConfig
 from lcl_megatron.config.toml import to_toml
 from lcl_megatron.config.validate import architecture, architecture_difference
 from lcl_megatron.model.lcl import LCLModel
 from lcl_megatron.parallel.engine import Engine
-
-logger = logging.getLogger(__name__)
 
 __all__ = [
     "CONFIG_FILE",
@@ -50,13 +54,23 @@ __all__ = [
     "Trainable",
     "check_architecture",
     "find_latest",
+    "images",
     "load",
     "load_model",
-    "model_state",
     "read_config",
     "save",
     "step_folder",
 ]
+
+
+class Stateful(Protocol):
+    """Has a state beside tensors that a checkpoint keeps."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, of values that JSON holds exactly; the same on every rank."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +83,8 @@ class Trainable:
     """Its optimizer."""
     scheduler: OptimizerParamScheduler
     """Its schedule."""
+    guard: Stateful | None = None
+    """What it knows of the run's gradients so far."""
 
 
 def check_architecture(checkpoint: Path, config: RunConfig) -> None:
@@ -82,61 +98,92 @@ def check_architecture(checkpoint: Path, config: RunConfig) -> None:
         )
 
 
-def save(root: str | Path, trainable: Trainable, progress: Progress, tokenizer: bytes) -> Path:
-    """Write a checkpoint and return its folder; collective over all ranks.
+def images(trainable: Trainable, progress: Progress, tokenizer: bytes) -> list[FileImage]:
+    """Return the files that this rank writes of a checkpoint; no communication.
 
-    Nothing happens if this step has been saved before: a checkpoint is never written in place.
+    Args:
+        trainable: what is saved.
+        progress: how far the run has come.
+        tokenizer: SentencePiece model of the corpus.
     """
-    engine = trainable.engine
-    final = step_folder(root, progress.step)
-    staging = final.with_name(f".staging-{final.name}")
-    # Rank 0 decides: file systems show a new folder to different nodes at different times.
-    if engine.groups.first_rank_says(final.exists()):
-        return final
-    if engine.groups.rank == 0:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    engine.groups.barrier()
-    dist_checkpointing.save(_state(trainable, progress, is_loading=False), str(staging))
-    engine.groups.barrier()
-    if engine.groups.rank == 0:
-        (staging / CONFIG_FILE).write_text(to_toml(engine.config), encoding="utf-8")
-        (staging / TOKENIZER_FILE).write_bytes(tokenizer)
-        commit_folder(staging, final)
-    engine.groups.barrier()
-    return final
+    rank = trainable.engine.groups.rank
+    files = images_of(_held(trainable), rank)
+    if rank == 0:
+        state = {
+            "progress": asdict(progress),
+            "scheduler": trainable.scheduler.state_dict(),
+            "adam_step": adam_step(trainable.optimizer),
+            "guard": trainable.guard.state_dict() if trainable.guard is not None else {},
+        }
+        files += [
+            _image(STATE_FILE, json.dumps(state, indent=1).encode()),
+            _image(CONFIG_FILE, to_toml(trainable.engine.config).encode()),
+            _image(TOKENIZER_FILE, tokenizer),
+        ]
+    return files
 
 
-def load(checkpoint: Path, trainable: Trainable) -> Progress:
-    """Fill model, optimizer and schedule from a checkpoint of any layout; collective over all ranks.
+def save(root: str | Path, trainable: Trainable, progress: Progress, tokenizer: bytes) -> Path:
+    """Write one checkpoint, wait until it is complete, and return its folder; collective over all ranks.
+
+    Nothing happens if this step has been saved before: a checkpoint is never written in place. Runs use a ``Saver``,
+    which does not wait.
+
+    Raises:
+        SaveError: it could not be written.
+    """
+    groups = trainable.engine.groups
+    config = CheckpointConfig(save=str(root), on_save_error="stop")
+    saver = Saver(config, groups, groups.shared_nonce(), lease=None)
+    try:
+        saver.begin(progress.step, lambda: images(trainable, progress, tokenizer))
+        saver.finish()
+    finally:
+        saver.close()
+    return step_folder(root, progress.step)
+
+
+def load(checkpoint: Path, trainable: Trainable, is_verified: bool = False) -> Progress:
+    """Fill model, optimizer, schedule and guard from a checkpoint of any layout; no communication.
+
+    Args:
+        checkpoint: its folder.
+        trainable: what is filled.
+        is_verified: its files have just been compared with its manifest; else those that are read are compared here.
 
     Raises:
         CheckpointError: the checkpoint's architecture differs.
+        DamagedCheckpointError: it is damaged.
     """
-    engine = trainable.engine
-    check_architecture(checkpoint, engine.config)
-    state = dist_checkpointing.load(_state(trainable, Progress(), is_loading=True), str(checkpoint))
-    _fill(engine, state["model"])
-    optimizer_state.load_sharded_state(trainable.optimizer, model_state(engine), state["optimizer"])
+    reader = CheckpointReader(checkpoint, is_verified)
+    state = reader.state()
+    check_architecture(checkpoint, trainable.engine.config)
+    fill(_held(trainable), reader)
+    set_adam_step(trainable.optimizer, int(state["adam_step"]))
     trainable.scheduler.load_state_dict(state["scheduler"])
+    if trainable.guard is not None and state["guard"]:
+        trainable.guard.load_state_dict(state["guard"])
     return Progress(**state["progress"])
 
 
 def load_model(checkpoint: Path, engine: Engine) -> None:
-    """Fill only the model from a checkpoint of any layout; collective over all ranks."""
+    """Fill only the model from a checkpoint of any layout; no communication. Raises as ``load``."""
+    reader = CheckpointReader(checkpoint)
     check_architecture(checkpoint, engine.config)
-    loaded = dist_checkpointing.load({"model": model_state(engine)}, str(checkpoint))
-    _fill(engine, loaded["model"])
+    fill(held_weights(model_state(engine)), reader)
 
 
-def _state(trainable: Trainable, progress: Progress, is_loading: bool) -> dict[str, Any]:
+def _held(trainable: Trainable) -> list[Held]:
+    """Return all tensors of this rank; the weights first: in fp32, the optimizer's values are the same memory."""
     model = model_state(trainable.engine)
-    return {
-        "model": model,
-        "optimizer": optimizer_state.sharded_state(trainable.optimizer, model, is_loading),
-        "scheduler": trainable.scheduler.state_dict(),
-        "progress": asdict(progress),
-    }
+    return [*held_weights(model), *held_state(trainable.optimizer, model)]
+
+
+def _image(name: str, content: bytes) -> FileImage:
+    def fill_in(memory: memoryview) -> None:
+        memory[:] = content
+
+    return FileImage(name, len(content), fill_in)
 
 
 def model_state(engine: Engine) -> ShardedStateDict:
@@ -148,9 +195,3 @@ def _stage_state(engine: Engine, model: LCLModel) -> ShardedStateDict:
     """Return the part of ``model_state`` that is in one stage."""
     state: ShardedStateDict = model.sharded_state_dict(metadata={"dp_cp_group": engine.groups.collection.dp_cp})
     return state
-
-
-def _fill(engine: Engine, state: dict[str, Any]) -> None:
-    """Fill every stage of this rank from the state of all of them."""
-    for model in engine.models:
-        model.load_state_dict({name: state[name] for name in _stage_state(engine, model)}, strict=True)

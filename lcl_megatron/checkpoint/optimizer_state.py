@@ -1,13 +1,8 @@
 """Optimizer state for checkpoints: beside every parameter, its float32 value and Adam's two moments, sharded like it.
 
 One format for all of megatron-core's optimizers, so that a run may go on with or without ``use_distributed_optimizer``,
-and with torch's or TransformerEngine's Adam. Parameter groups are not stored: the configuration and the schedule make
-them. megatron-core's own formats (0.16.1) differ between its optimizers, and the distributed one's has two faults:
-
-- ``fully_reshardable`` cuts parameters out of a buffer at places that count the padding between the buffer's buckets,
-  though the padding has been left out: behind the first padded bucket, parameters are stored with moments of others.
-- Where Adam is torch's, what was written cannot be read: before the first step there is no step count to be found;
-  then a tensor of that name is sought among the moments; and all parameters get one counter, which each increments.
+and with torch's or TransformerEngine's Adam. Each rank writes and reads the share that it holds, and nothing is
+gathered. Parameter groups are not stored: the configuration and the schedule make them.
 """
 
 from __future__ import annotations
@@ -23,57 +18,77 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
+from lcl_megatron.checkpoint.held import OPTIMIZER_PREFIX, VALUE, Held, box_of, replica_of
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Names of Adam's moments in every implementation."""
-VALUE = "param"
-"""Name of the float32 value."""
-_KEY = "optimizer.state"
 
 
-def sharded_state(optimizer: MegatronOptimizer, model: ShardedStateDict, is_loading: bool) -> dict[str, Any]:
-    """Return the optimizer's part of a distributed checkpoint; collective over dp when saving.
+def held_state(optimizer: MegatronOptimizer, model: ShardedStateDict) -> list[Held]:
+    """Return what a rank holds of the optimizer's state; no communication.
 
     Moments that do not exist yet, before the first step, are made and are zero.
 
     Args:
         optimizer: the optimizer of the model.
         model: the model's sharded tensors.
-        is_loading: the result will be filled and not written.
     """
-    parts = list(_parts(optimizer))
-    for part in parts:
+    sharded = {entry.data: entry for entry in _sharded_parameters(model)}
+    held = []
+    for part in _parts(optimizer):
         _allocate_moments(part.optimizer)
-    return {
-        "step": _step(parts[0].optimizer),
-        "tensors": {
-            index: _gathered_tensors(part, model, is_loading)
-            if isinstance(part, DistributedOptimizer)
-            else _whole_tensors(part.optimizer, model)
-            for index, part in enumerate(parts)
-        },
-    }
+        held += list(_shares(part, sharded) if isinstance(part, DistributedOptimizer) else _whole(part, sharded))
+    return held
 
 
-def load_sharded_state(optimizer: MegatronOptimizer, model: ShardedStateDict, state: dict[str, Any]) -> None:
-    """Fill the optimizer; no communication.
+def adam_step(optimizer: MegatronOptimizer) -> int:
+    """Return how many steps Adam has taken; skipped ones are not among them."""
+    steps = {_step(part.optimizer) for part in _parts(optimizer)}
+    assert len(steps) <= 1, f"parts of the optimizer have taken different numbers of steps: {sorted(steps)}"
+    return steps.pop() if steps else 0
 
-    Args:
-        optimizer: the optimizer of the model.
-        model: the model's sharded tensors.
-        state: what ``sharded_state`` returned, with the checkpoint's tensors.
+
+def set_adam_step(optimizer: MegatronOptimizer, step: int) -> None:
+    """Set how many steps Adam has taken."""
+    for part in _parts(optimizer):
+        for group, parameter in _parameters(part.optimizer):
+            if _counts_per_parameter(part.optimizer):
+                # A tensor for each: Adam increments it in place.
+                part.optimizer.state[parameter]["step"] = torch.tensor(float(step))
+            else:
+                group["step"] = step
+
+
+def _shares(part: DistributedOptimizer, sharded: dict[nn.Parameter, ShardedTensor]) -> Iterator[Held]:
+    """Yield the state of an optimizer that holds a range of the elements of some parameters.
+
+    Every data-parallel rank writes its own; of ranks that differ otherwise and hold the same, the first.
     """
-    for index, part in enumerate(_parts(optimizer)):
-        tensors = state["tensors"][index]
-        if isinstance(part, DistributedOptimizer):
-            # Its loader wants a value for every entry of Adam's state, and the checkpoint has none for the step.
-            for moments in part.optimizer.state.values():
-                moments.pop("step", None)
-            part.load_parameter_state_from_fully_reshardable(dict(enumerate(tensors)))
-        else:
-            for held, loaded in zip(_whole_tensors(part.optimizer, model), tensors, strict=True):
-                for name, tensor in held.items():
-                    tensor.data.copy_(loaded[name])
-        _set_step(part.optimizer, state["step"])
+    for buckets in part.gbuf_ranges:
+        for bucket in next(iter(buckets.values())):
+            for parameter, ranges in bucket["param_map"].items():
+                entry = sharded[parameter]
+                region = replace(box_of(entry), begin=ranges["param"].start, end=ranges["param"].end)
+                is_written = all(rank == 0 for rank in replica_of(entry)[:-1])
+                tensors = part._get_main_param_and_optimizer_states(parameter)
+                for kind in (VALUE, *MOMENTS):
+                    yield Held(_name(kind, entry), region, tensors[kind].detach(), is_written)
+
+
+def _whole(part: MegatronOptimizer, sharded: dict[nn.Parameter, ShardedTensor]) -> Iterator[Held]:
+    """Yield the state of an optimizer that holds it whole."""
+    adam = part.optimizer
+    for parameter, entry in sharded.items():
+        # In bf16 megatron-core hangs the float32 value, which Adam updates, on the parameter.
+        value: Tensor = getattr(parameter, "main_param", parameter)
+        tensors = {VALUE: value, **{kind: adam.state[value][kind] for kind in MOMENTS}}
+        is_written = all(rank == 0 for rank in replica_of(entry))
+        for kind, tensor in tensors.items():
+            yield Held(_name(kind, entry), box_of(entry), tensor.detach(), is_written)
+
+
+def _name(kind: str, entry: ShardedTensor) -> str:
+    return f"{OPTIMIZER_PREFIX}{kind}.{entry.key}"
 
 
 def _parts(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
@@ -103,66 +118,14 @@ def _counts_per_parameter(adam: torch.optim.Optimizer) -> bool:
 def _step(adam: torch.optim.Optimizer) -> int:
     """Return the number of steps taken; the same for all parameters."""
     if _counts_per_parameter(adam):
-        steps = {int(adam.state[parameter]["step"]) for _, parameter in _parameters(adam)}
+        steps = {int(adam.state[parameter]["step"]) for _, parameter in _parameters(adam) if adam.state[parameter]}
     else:
         steps = {int(group.get("step", 0)) for group, _ in _parameters(adam)}
     assert len(steps) <= 1, f"parameters have taken different numbers of steps: {sorted(steps)}"
     return steps.pop() if steps else 0
 
 
-def _set_step(adam: torch.optim.Optimizer, step: int) -> None:
-    for group, parameter in _parameters(adam):
-        if _counts_per_parameter(adam):
-            # A tensor for each: Adam increments it in place.
-            adam.state[parameter]["step"] = torch.tensor(float(step))
-        else:
-            group["step"] = step
-
-
-def _gathered_tensors(
-    part: DistributedOptimizer, model: ShardedStateDict, is_loading: bool
-) -> list[dict[str, ShardedTensor]]:
-    """Return the state of an optimizer that holds a slice of each buffer, gathered over dp unless ``is_loading``.
-
-    One entry for each parameter, buffer after buffer, in the order of the buffer.
-    """
-    world = part.get_parameter_state_dp_zero(use_gloo_comm=False, empty_data=is_loading, return_on_all_ranks=True)
-    sharded = {entry.data: entry for entry in _sharded_parameters(model)}
-    state = []
-    for index, buffer in enumerate(part.buffers):
-        (flat,) = world[index].values()
-        lengths = [bucket.numel_unpadded for bucket in buffer.buckets]
-        for parameter, (begin, end, bucket) in buffer.param_index_map.items():
-            # ``flat`` has no padding between buckets; ``begin`` counts it.
-            first = begin - buffer.bucket_indices[bucket][0] + sum(lengths[:bucket])
-            state.append(
-                {
-                    name: _beside(
-                        sharded[parameter], name, flat[name][first : first + end - begin].view(parameter.shape)
-                    )
-                    for name in (VALUE, *MOMENTS)
-                }
-            )
-    return state
-
-
-def _whole_tensors(adam: torch.optim.Optimizer, model: ShardedStateDict) -> list[dict[str, ShardedTensor]]:
-    """Return the state of an optimizer that holds it whole, one entry for each of the model's parameters."""
-    state = []
-    for sharded in _sharded_parameters(model):
-        # In bf16 megatron-core hangs the float32 value, which Adam updates, on the parameter.
-        value: Tensor = getattr(sharded.data, "main_param", sharded.data)
-        tensors = {VALUE: value.detach(), **{name: adam.state[value][name] for name in MOMENTS}}
-        state.append({name: _beside(sharded, name, tensor) for name, tensor in tensors.items()})
-    return state
-
-
 def _sharded_parameters(model: ShardedStateDict) -> Iterator[ShardedTensor]:
     for entry in nested_values(model):
         if isinstance(entry, ShardedTensor) and isinstance(entry.data, nn.Parameter):
             yield entry
-
-
-def _beside(parameter: ShardedTensor, name: str, tensor: Tensor) -> ShardedTensor:
-    """Return a tensor that is sharded and replicated like a parameter, under a name of its own."""
-    return replace(parameter, key=f"{_KEY}.{name}.{parameter.key}", data=tensor, dtype=tensor.dtype)

@@ -5,22 +5,20 @@
     FOLDER/tokenizer.model       the corpus's tokenizer, if there is one
     FOLDER/progress.json         how far the run had come, if there was one
 
-A training checkpoint of any layout gives the same, without megatron-core, GPU, launcher or process group. Nothing that
-a file may name is run: see ``parallel/shards.py``.
+A training checkpoint of any layout gives the same, without megatron-core, GPU, launcher or process group, and some
+parts of the model without the files of the others. Nothing that a file holds can be run: see ``reader.py``.
 """
 
 from __future__ import annotations
 
 import json
-import pickle
+import logging
 import re
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -28,21 +26,23 @@ from torch import Tensor
 from lcl_megatron.checkpoint.folders import (
     CONFIG_FILE,
     TOKENIZER_FILE,
-    CheckpointError,
     Progress,
     commit_folder,
-    find_latest,
+    complete_checkpoints,
     read_config,
 )
+from lcl_megatron.checkpoint.manifest import CheckpointError, DamagedCheckpointError
 from lcl_megatron.checkpoint.parameters import PARTS, parameter_shapes
+from lcl_megatron.checkpoint.reader import CheckpointReader
+from lcl_megatron.checkpoint.shard_file import StoredTensor
 from lcl_megatron.checkpoint.tensor_files import write_tensors
 from lcl_megatron.config import RunConfig
 from lcl_megatron.config.toml import to_toml
-from lcl_megatron.parallel.shards import ShardError, ShardReader
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "model.safetensors"
 PROGRESS_FILE = "progress.json"
-_COMMON_FILE = "common.pt"
 FUSED_NAMES = (("input_layernorm", "self_attention.linear_qkv"), ("pre_mlp_layernorm", "mlp.linear_fc1"))
 """LayerNorms that a checkpoint stores under the name of the linear layer that reads them."""
 
@@ -113,13 +113,14 @@ def check_parameters(state: Mapping[str, Tensor], config: RunConfig, parts: Coll
         )
 
 
-def read_weights(path: str | Path) -> ModelWeights:
-    """Return the weights of a weights folder, a training checkpoint, or the newest checkpoint of a folder of them.
+def read_weights(path: str | Path, parts: Collection[str] = PARTS) -> ModelWeights:
+    """Return the weights of a weights folder, a training checkpoint, or the newest whole one of a folder of them.
 
     Of a checkpoint in bfloat16, the optimizer's float32 values are returned: rounded, they are the model's.
 
     Args:
         path: a folder that ``write_weights`` wrote, ``step-NNNNNNNN``, or a folder that holds some.
+        parts: of a training checkpoint, these parts of the model; only their files are read, and need to be there.
 
     Raises:
         CheckpointError: it is none of these, is damaged, or holds another model than its configuration says.
@@ -127,13 +128,19 @@ def read_weights(path: str | Path) -> ModelWeights:
     path = Path(path)
     if (path / WEIGHTS_FILE).is_file():
         return _read_folder(path)
-    checkpoint = find_latest(path)
-    if checkpoint is None:
-        raise CheckpointError(
-            f"{path} is neither a folder of weights ({WEIGHTS_FILE}, {CONFIG_FILE}) nor a training checkpoint: "
-            "expected a step-NNNNNNNN folder, or one that holds some"
-        )
-    return _read_checkpoint(checkpoint)
+    damaged: DamagedCheckpointError | None = None
+    for checkpoint in complete_checkpoints(path):
+        try:
+            return _read_checkpoint(checkpoint, parts)
+        except DamagedCheckpointError as error:
+            damaged = error
+            logger.warning("%s; trying the one before", error)
+    if damaged is not None:
+        raise DamagedCheckpointError(f"{damaged}; copy it again, or take another checkpoint") from damaged
+    raise CheckpointError(
+        f"{path} is neither a folder of weights ({WEIGHTS_FILE}, {CONFIG_FILE}) nor a training checkpoint: "
+        "expected a step-NNNNNNNN folder, or one that holds some"
+    )
 
 
 def write_weights(weights: ModelWeights, folder: str | Path) -> None:
@@ -173,40 +180,28 @@ def _read_folder(folder: Path) -> ModelWeights:
     return _weights(folder, read_config(folder), state, progress)
 
 
-def _read_checkpoint(checkpoint: Path) -> ModelWeights:
+def _read_checkpoint(checkpoint: Path, parts: Collection[str]) -> ModelWeights:
+    reader = CheckpointReader(checkpoint)
+    progress = reader.progress()
     config = read_config(checkpoint)
-    reader = ShardReader(checkpoint)
-    try:
-        stored = reader.tensors()
-        names = {name: _stored_name(name, stored) for name in parameter_shapes(config)}
-        tensors = reader.read(name for name in names.values() if name in stored)
-    except ShardError as error:
-        raise CheckpointError(f"{error}; copy the checkpoint again, or take the one before") from error
+    stored = reader.tensors
+    names = {name: _stored_name(name, stored) for name in parameter_shapes(config, parts)}
+    tensors = reader.read(name for name in names.values() if name in stored)
     state = {name: tensors[source] for name, source in names.items() if source in tensors}
-    weights = _weights(checkpoint, config, state, Progress(**_common(checkpoint)["progress"]))
+    weights = _weights(checkpoint, config, state, progress)
     # A part that is not there at all would pass for one that was never meant to be.
-    weights.require(*PARTS)
+    weights.require(*parts)
     return weights
 
 
-def _stored_name(name: str, stored: Mapping[str, Any]) -> str:
+def _stored_name(name: str, stored: Mapping[str, StoredTensor]) -> str:
     """Return the name in a checkpoint under which a parameter has its most precise values."""
     for own, fused in FUSED_NAMES:
         name = re.sub(rf"^(\w+\.layers\.\d+)\.{own}\.", rf"\1.{fused}.layer_norm_", name)
     precise = f"optimizer.state.param.{name}"
-    if precise in stored and stored[name].properties.dtype != torch.float32:
+    if precise in stored and stored[name].dtype != "F32":
         return precise
     return name
-
-
-def _common(checkpoint: Path) -> dict[str, Any]:
-    path = checkpoint / _COMMON_FILE
-    try:
-        common: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        Progress(**common["progress"])
-    except (OSError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path} does not hold the progress of a run: {error}") from error
-    return common
 
 
 def _weights(folder: Path, config: RunConfig, state: dict[str, Tensor], progress: Progress | None) -> ModelWeights:

@@ -252,7 +252,7 @@ class CheckpointConfig:
     """A process beside each rank writes checkpoints while training goes on, which waits only for the copy to host
     memory (and for an earlier checkpoint that is not finished yet). Off = training waits until it is on disk."""
     keep_last: int = 0
-    """Keep only so many of the newest checkpoints in ``save``; 0 = all."""
+    """Keep only so many of the newest checkpoints in ``save``, at least 2; 0 = all."""
     keep_every: int = 0
     """Keep for good those whose step is a multiple of this, whatever ``keep_last`` says; 0 = none."""
     on_save_error: Literal["continue", "stop"] = "continue"
@@ -273,6 +273,10 @@ class CheckpointConfig:
             value = getattr(self, name)
             require(value >= 0, f"checkpoint.{name} = {value}; it must not be negative")
         require(
+            self.keep_last != 1,
+            "checkpoint.keep_last = 1; with a single checkpoint, one damaged file would lose the run: keep 2 or more",
+        )
+        require(
             self.save_timeout_minutes > 0,
             f"checkpoint.save_timeout_minutes = {self.save_timeout_minutes}; it must be positive",
         )
@@ -283,13 +287,14 @@ class GuardConfig:
     """What watches a run: numbers that go wrong, ranks that hang, are slow or differ, and what was read."""
 
     max_skipped_steps: int = 10
-    """A step whose loss or gradient is not finite on any rank changes no weight on any rank; after so many in a row the
-    run stops. 0 = it stops at the first."""
+    """A step whose loss or gradient is not finite on any rank changes no weight on any rank. At most so many in a row
+    are skipped; one more ends the run. 0 = the first ends it."""
     spike_threshold: float = 0.0
     """Also skip a step whose gradient norm is more than so many median absolute deviations above the median of the last
     ``spike_window`` steps that were taken; 0 = never. 20 is far beyond what a healthy run shows."""
     spike_window: int = 128
-    """Steps that a gradient norm is compared with; skipped ones are not among them."""
+    """Steps that a gradient norm is compared with; skipped ones are not among them. Nothing is a spike before half of
+    them are there."""
     compare_replicas_interval: int = 0
     """Steps between comparisons of the weights' hashes over data-parallel ranks, which must be equal: a difference is
     silent data corruption and ends the run, naming the rank; 0 = never."""

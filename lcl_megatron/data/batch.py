@@ -168,3 +168,6 @@ class StepBatch:
     """This rank's micro-batches, in order."""
     bad_images: tuple[str, ...] = ()
     """Source and reason of every image of this rank that could not be decoded."""
+    row_numbers: tuple[tuple[int, ...], ...] = ()
+    """For each of ``micro_batches``, the number of each of its rows in the sequence of all rows of the run; empty where
+    the micro-batches were not planned."""

@@ -136,7 +136,8 @@ class StepLoader:
         plan = self._plan.step(step, self._row_of_step_0 + step * self._plan.global_batch_size)
         pin = torch.cuda.is_available()
         batches: list[_PendingBatch | PackedBatch] = []
-        for rows in plan.micro_batches(self._dp_rank):
+        dealt = plan.micro_batches(self._dp_rank)
+        for rows in dealt:
             collated = collate_rows(self._plan.sequence, rows)
             if pin:
                 collated = dataclasses.replace(collated, batch=_pinned(collated.batch))
@@ -144,7 +145,8 @@ class StepLoader:
                 batches.append(collated.batch)
             else:
                 batches.append(_begin_images(collated, self._plan.sequence, decoder))
-        return _PendingStep(plan.step, plan.layout, tuple(batches))
+        row_numbers = tuple(tuple(row.index for row in rows) for rows in dealt)
+        return _PendingStep(plan.step, plan.layout, tuple(batches), row_numbers)
 
 
 def add_images(collated: CollatedRows, source: ImageSource, decoder: ImageDecoder) -> tuple[PackedBatch, list[str]]:
@@ -212,12 +214,15 @@ class _PendingStep:
     """Counts on all ranks."""
     batches: tuple[_PendingBatch | PackedBatch, ...]
     """This rank's micro-batches; those that want no images are complete."""
+    row_numbers: tuple[tuple[int, ...], ...]
+    """Numbers of their rows (see ``StepBatch``)."""
 
     def result(self) -> StepBatch:
         """Wait for the images."""
         finished = [(batch, []) if isinstance(batch, PackedBatch) else batch.result() for batch in self.batches]
         bad_images = tuple(itertools.chain.from_iterable(bad for _, bad in finished))
-        return StepBatch(self.step, self.layout, tuple(batch for batch, _ in finished), bad_images)
+        micro_batches = tuple(batch for batch, _ in finished)
+        return StepBatch(self.step, self.layout, micro_batches, bad_images, self.row_numbers)
 
 
 def _pinned(batch: PackedBatch) -> PackedBatch:

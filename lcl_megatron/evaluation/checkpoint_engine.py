@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lcl_megatron.checkpoint import native
+from lcl_megatron.checkpoint.reader import newest_whole
 from lcl_megatron.config import ParallelConfig, RunConfig
 from lcl_megatron.parallel import engine as engines
 
@@ -16,12 +17,12 @@ def newest_checkpoint(folder: Path) -> tuple[Path, RunConfig]:
     """Return a checkpoint, and its run's configuration for one process.
 
     Args:
-        folder: a ``step-NNNNNNNN`` folder, or a folder that holds some; the newest is taken.
+        folder: a ``step-NNNNNNNN`` folder, or a folder that holds some; the newest whole one is taken.
 
     Raises:
-        CheckpointError: there is no complete checkpoint.
+        CheckpointError: there is no complete checkpoint, or all are damaged.
     """
-    found = native.find_latest(folder)
+    found = newest_whole(folder)
     if found is None:
         raise native.CheckpointError(f"no complete checkpoint (step-NNNNNNNN) in {folder}")
     return found, single_process(native.read_config(found))

@@ -95,9 +95,9 @@ class LCLForConditionalGeneration(PreTrainedModel):
     def __init__(self, config: LCLConfig) -> None:
         super().__init__(config)
         hidden = config.text_config.hidden_size
-        self.vision_model = AutoModel.from_config(config.vision_config)
+        self.vision_model = AutoModel.from_config(config.vision_config, trust_remote_code=False)
         self.pool = LCLAttentionPool(config, self.vision_model.timm_model.num_features)
-        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
         self.context_layernorm = nn.LayerNorm(hidden)
         self.context_projection = nn.Linear(hidden, hidden, bias=config.context_bias)
         self.logit_scale = nn.Parameter(torch.zeros(1))

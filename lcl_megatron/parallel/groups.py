@@ -8,6 +8,7 @@ Ranks are numbered tp fastest, then cp, then dp, then pp, which is megatron-core
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,14 +19,19 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from lcl_megatron.config.errors import ConfigError, require
 from lcl_megatron.parallel import cpu_host
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.distributed_c10d import Store
 
     from lcl_megatron.config import ParallelConfig
+
+logger = logging.getLogger(__name__)
 
 EmbeddingRanks = Callable[[list[int]], list[int]]
 """Takes the global ranks of one pipeline, first stage first; returns those that hold the token embedding."""
@@ -94,20 +100,25 @@ class ProcessGroups:
         """Data-parallel size."""
         return self.dp.size()
 
-    def describe(self) -> str:
+    def place(self, rank: int) -> dict[str, int]:
+        """Return the coordinates of a global rank, by the names ``tp``, ``cp``, ``dp`` and ``pp``."""
+        coordinates = {}
+        for name, size in (("tp", self.tp_size), ("cp", self.cp_size), ("dp", self.dp_size), ("pp", self.pp_size)):
+            rank, coordinates[name] = divmod(rank, size)
+        return coordinates
+
+    def describe(self, rank: int | None = None) -> str:
         """Return rank and coordinates, e.g. ``rank 5 (dp1 pp0 tp1)``: the prefix of every distributed error.
 
         Under context parallelism its rank is named too: ``rank 5 (dp1 pp0 cp0 tp1)``.
-        """
-        return self.describe_rank(self.rank)
 
-    def describe_rank(self, rank: int) -> str:
-        """Return rank and coordinates of any rank, as ``describe`` does for this one."""
-        rest, tp = divmod(rank, self.tp_size)
-        rest, cp = divmod(rest, self.cp_size)
-        pp, dp = divmod(rest, self.dp_size)
-        context = f"cp{cp} " if self.cp_size > 1 else ""
-        return f"rank {rank} (dp{dp} pp{pp} {context}tp{tp})"
+        Args:
+            rank: a global rank; None = this process.
+        """
+        rank = self.rank if rank is None else rank
+        place = self.place(rank)
+        context = f"cp{place['cp']} " if self.cp_size > 1 else ""
+        return f"rank {rank} (dp{place['dp']} pp{place['pp']} {context}tp{place['tp']})"
 
     @property
     def device(self) -> torch.device:
@@ -116,11 +127,38 @@ class ProcessGroups:
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
 
-    def first_rank_says(self, value: bool) -> bool:
-        """Return rank 0's value on every rank, on the host."""
-        said = torch.tensor([value], dtype=torch.uint8)
-        dist.broadcast(said, src=0, group=self.host)
-        return bool(said[0])
+    def any_rank(self, *flags: bool) -> tuple[bool, ...]:
+        """Return, on every rank, which flags are true on some rank; one all-reduce of bytes on the host."""
+        said = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self.host)
+        return tuple(said.bool().tolist())
+
+    def first_rank_text(self, text: str) -> str:
+        """Return rank 0's text on every rank; two broadcasts on the host."""
+        content = torch.frombuffer(bytearray(text.encode()) or bytearray(1), dtype=torch.uint8)
+        length = torch.tensor([len(text.encode())])
+        dist.broadcast(length, src=0, group=self.host)
+        if self.rank:
+            content = torch.empty(max(1, int(length)), dtype=torch.uint8)
+        dist.broadcast(content, src=0, group=self.host)
+        return bytes(content[: int(length)].tolist()).decode()
+
+    def gather_texts(self, text: str) -> list[str]:
+        """Return every rank's text on every rank, by rank; two all-gathers on the host."""
+        own = bytearray(text.encode())
+        lengths = [torch.empty(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(lengths, torch.tensor([len(own)]), group=self.host)
+        longest = max(1, *(int(length) for length in lengths))
+        padded = torch.frombuffer(own + bytes(longest - len(own)), dtype=torch.uint8)
+        texts = [torch.empty_like(padded) for _ in range(self.world_size)]
+        dist.all_gather(texts, padded, group=self.host)
+        return [bytes(t[: int(n)].tolist()).decode() for t, n in zip(texts, lengths, strict=True)]
+
+    def shared_nonce(self) -> str:
+        """Return 16 hex digits that no other call has returned, the same on every rank; collective, on the host."""
+        drawn = torch.frombuffer(bytearray(os.urandom(8)), dtype=torch.uint8)
+        dist.broadcast(drawn, src=0, group=self.host)
+        return drawn.numpy().tobytes().hex()
 
     def require_agreement(self, what: str, value: str) -> None:
         """Check that all ranks were started alike; collective over all ranks, on the host.
@@ -240,8 +278,43 @@ def _start(timeout: timedelta) -> None:
             )
         torch.cuda.set_device(local_rank)
         device = torch.device("cuda", local_rank)
-    if "RANK" in os.environ:
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        store, rank, world_size = _store_after_restart(timeout)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device
+        )
+    elif "RANK" in os.environ:
+        _warn_of_restarts()
         dist.init_process_group(backend, timeout=timeout, device_id=device)
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]  # public, but missing from torch's annotations
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout, device_id=device)
+
+
+def _store_after_restart(timeout: timedelta) -> tuple[Store, int, int]:
+    """Return the launcher's store, this process's rank and their number, for ranks that torchrun has started again.
+
+    The agents of torch 2.13 share one store with their ranks and keep it over restarts, addresses of dead ranks
+    included, which the next ranks would call: so these get keys of their own. Their number tells attempts apart on one
+    node; agents of several nodes count differently, and there the store must not be shared (``_warn_of_restarts``).
+    """
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    if _shares_store() and os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        store = PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    return store, rank, world_size
+
+
+def _shares_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _warn_of_restarts() -> None:
+    """Say on rank 0 if the restarts that torchrun was asked for could not work."""
+    restarts, nodes = (int(os.environ.get(n, "0")) for n in ("TORCHELASTIC_MAX_RESTARTS", "GROUP_WORLD_SIZE"))
+    if restarts and nodes > 1 and _shares_store() and os.environ["RANK"] == "0":
+        logger.warning(
+            "torchrun --max-restarts %d on %d nodes: ranks that are started again would find the addresses of the "
+            "dead ones; export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun is started",
+            restarts,
+            nodes,
+        )

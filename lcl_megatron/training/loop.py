@@ -2,37 +2,60 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from pathlib import Path
 
 from lcl_megatron.checkpoint import native
 from lcl_megatron.data.batch import StepBatch
+from lcl_megatron.parallel.parameter_hash import compare_replicas
 from lcl_megatron.training.bad_images import BadImageWatch, TooManyBadImagesError
+from lcl_megatron.training.conclusion import conclude, ending_of
 from lcl_megatron.training.curves import write_curves
+from lcl_megatron.training.ending import Ending
 from lcl_megatron.training.meter import Meter
 from lcl_megatron.training.metrics_logger import METRICS_FILE
 from lcl_megatron.training.run import Run
-from lcl_megatron.training.step import StepResult, train_step
-
-logger = logging.getLogger(__name__)
+from lcl_megatron.training.step import NonFiniteError, StepResult, train_step
 
 
-def train(run: Run) -> None:
+def train(run: Run) -> Ending:
     """Train until ``train_iters``; report and save on their intervals, and save when asked to stop.
 
     Raises:
         TooManyBadImagesError: the corpus's images can not be trusted; a checkpoint is written first.
-        NonFiniteError: the gradient is not finite; nothing is written, because the weights are lost.
+        NonFiniteError: too many steps in a row were skipped, or weights are not finite; nothing is written.
+        ReplicaMismatchError: replicas hold different weights; nothing is written.
     """
+    try:
+        was_asked = _train(run)
+    except (NonFiniteError, TooManyBadImagesError):
+        # All ranks raise these together, and a checkpoint that was begun before is worth completing.
+        _finish_saving(run)
+        raise
+    _finish_saving(run)
+    ending = ending_of(run, was_asked)
+    run.stop.leave(ending.status)
+    run.watchdog.mark("report")
+    _draw_curves(run)
+    conclude(run, ending)
+    return ending
+
+
+def _train(run: Run) -> bool:
+    """Train, report, begin checkpoints; return whether the run was asked to stop."""
     config = run.config
     meter = Meter(run)
     watch = BadImageWatch(config.data.max_bad_image_rate)
+    was_asked = False
     run.watchdog.mark("data", run.progress.step + 1)
     waiting_since = time.perf_counter()
     for batch in run.loader:
         data_wait_s = time.perf_counter() - waiting_since
         result = train_step(run, batch)
+        if run.ledger is not None:  # before any checkpoint of this step, so that none holds rows that are not recorded
+            run.ledger.record(batch, skipped=result.skip is not None)
+        if run.saver is not None:
+            run.saver.advance(result.agreed.word.writing, result.agreed.word.write_failed)
         run.progress = native.Progress(
             step=batch.step + 1,
             consumed_rows=run.progress.consumed_rows + config.training.global_batch_size,
@@ -40,22 +63,24 @@ def train(run: Run) -> None:
             data=run.progress.data,
         )
         _watch(run, watch, result, batch)
+        _compare_replicas(run)
         meter.add(result, batch, data_wait_s)
 
         step, last = run.progress.step, run.progress.step == config.training.train_iters
-        stop = result.agreed.word.stop or (config.logging.exit_interval and step % config.logging.exit_interval == 0)
+        was_asked = result.agreed.word.stop
+        stop = was_asked or (config.logging.exit_interval and step % config.logging.exit_interval == 0)
         if step % config.logging.log_interval == 0 or last or stop:
             run.watchdog.mark("report")
             run.logger.log(step, meter.report(watch.total))
-        if step % config.checkpoint.save_interval == 0 or last or stop:
+        # While steps are skipped the weights may be why, finite but too large: no moment to replace a good checkpoint.
+        if (step % config.checkpoint.save_interval == 0 and not result.skip) or last or stop:
             save_checkpoint(run)
         run.logger.progress(step)
         if stop:
             break
         run.watchdog.mark("data", step + 1)
         waiting_since = time.perf_counter()
-    run.watchdog.mark("report")
-    _draw_curves(run)
+    return was_asked
 
 
 def _watch(run: Run, watch: BadImageWatch, result: StepResult, batch: StepBatch) -> None:
@@ -67,6 +92,14 @@ def _watch(run: Run, watch: BadImageWatch, result: StepResult, batch: StepBatch)
         raise
 
 
+def _compare_replicas(run: Run) -> None:
+    """Compare the weights of replicas when it is time to; collective over all ranks."""
+    step, interval = run.progress.step, run.config.guard.compare_replicas_interval
+    if interval and step % interval == 0:
+        compare_replicas(run.engine, step, run.guard.replicas_agreed_step)
+        run.guard.replicas_agreed_step = step
+
+
 def _draw_curves(run: Run) -> None:
     """Write the page of curves beside the metrics, on the process that writes, if there are any metrics."""
     if run.config.logging.log_dir and run.engine.groups.rank == 0:
@@ -76,12 +109,27 @@ def _draw_curves(run: Run) -> None:
 
 
 def save_checkpoint(run: Run) -> None:
-    """Write a checkpoint of the run as it is, if the run has a place for them; collective over all ranks."""
-    if not run.config.checkpoint.save:
+    """Begin to write a checkpoint of the run as it is, if the run has a place for them; collective over all ranks.
+
+    Without ``checkpoint.async_save``, wait until it is complete.
+    """
+    if run.saver is None:
         return
     run.watchdog.mark("save")
     tokenizer = run.plan.sequence.sources[0].corpus.tokenizer.model
     with run.engine.whole_parameters():
-        folder = native.save(run.config.checkpoint.save, run.trainable, run.progress, tokenizer)
-    if run.engine.groups.rank == 0:
-        logger.info("saved %s", folder)
+        run.saver.begin(run.progress.step, lambda: native.images(run.trainable, run.progress, tokenizer))
+    if not run.config.checkpoint.async_save:
+        run.saver.finish()
+
+
+def _finish_saving(run: Run) -> None:
+    """Wait until the last checkpoint is complete; collective over all ranks.
+
+    Raises:
+        SaveError: it could not be written.
+    """
+    if run.saver is not None:
+        run.watchdog.mark("save")
+        run.saver.finish()
+        run.saver.require_success()

@@ -58,10 +58,11 @@ class Meter:
     def _start(self) -> None:
         self.since = time.perf_counter()
         self.data_wait_s = 0.0
-        self.steps = self.images = self.tokens = self.pairs = 0
-        self.flops = 0.0
+        self.steps = self.taken = self.images = self.tokens = self.pairs = 0
+        self.flops = self.learning_rate = 0.0
         self.sums = torch.zeros(_SUMS, device=self.run.engine.device)
         self.result: StepResult | None = None
+        """The last step that was taken."""
         self.run.engine.work.take()
 
     def add(self, result: StepResult, batch: StepBatch, data_wait_s: float) -> None:
@@ -76,9 +77,13 @@ class Meter:
         self.steps += 1
         self.images += int(layout.num_images.sum())
         self.tokens += layout.num_tokens
-        self.pairs += result.agreed.num_pairs
         self.data_wait_s += data_wait_s
         self.flops += layout_flops(self.run.config, layout)
+        self.learning_rate = result.learning_rate
+        if result.skip is not None:
+            return
+        self.taken += 1
+        self.pairs += result.agreed.num_pairs
         self.result = result
         for losses in result.losses:
             nothing = torch.zeros_like(losses.generation_loss)
@@ -90,34 +95,15 @@ class Meter:
     def report(self, bad_images: int) -> dict[str, float]:
         """Return the metrics since the last report, and start anew; collective over all ranks.
 
-        Losses are means over steps; accuracies over all pairs; features are those of the last micro-batch, or, where
-        all micro-batches are contrasted at once, of the last step.
-
         Args:
             bad_images: images that could not be decoded since the process started.
         """
-        run, result = self.run, self.result
-        assert result is not None, "a report needs at least one step"
+        assert self.steps, "a report needs at least one step"
+        run = self.run
         seconds = time.perf_counter() - self.since
-        is_last_stage = run.engine.has_losses
-        sums = torch.cat([self.sums, self._features(result) if is_last_stage else self.sums.new_zeros(_FEATURES)])
-        totals = sum_over_data_parallel(sums, run.engine.groups, is_last_stage)
-        sums_by_name = dict(zip(_SUM_NAMES, totals[:_SUMS], strict=True))
-        per_step = {name: value / self.steps for name, value in sums_by_name.items()}
-        generation, contrastive = per_step["generation"], per_step["contrastive"]
-        weights, ranks = run.config.loss, run.engine.groups.dp_size
-        metrics = {
-            "loss/total": weights.generation_loss_weight * generation + weights.contrastive_loss_weight * contrastive,
-            "loss/generation": generation,
-            "loss/contrastive": contrastive,
-            "optimizer/learning_rate": result.learning_rate,
-            "optimizer/grad_norm": result.grad_norm,
-            "contrast/image_to_context_accuracy": sums_by_name["image_hits"] / max(1, self.pairs),
-            "contrast/context_to_image_accuracy": sums_by_name["context_hits"] / max(1, self.pairs),
-            "contrast/num_pairs": self.pairs / self.steps,
-            "contrast/num_same_image": per_step["same_image"],
-            "contrast/num_same_context": per_step["same_context"],
-            "contrast/num_empty_context": per_step["empty_context"],
+        metrics = {} if self.result is None else self._of_taken_steps(self.result)
+        metrics |= {
+            "optimizer/learning_rate": self.learning_rate,
             "perf/images_per_s": self.images / seconds,
             "perf/tokens_per_s": self.tokens / seconds,
             "perf/step_ms": 1000 * seconds / self.steps,
@@ -127,17 +113,45 @@ class Meter:
             "data/consumed_rows": run.progress.consumed_rows,
             "data/consumed_images": run.progress.consumed_images,
             "data/fill": self.tokens / self._positions(),
+            "guard/skipped_steps": run.guard.skipped_steps,
         }
-        metrics |= dict(zip(_FEATURE_NAMES, (value / ranks for value in totals[_SUMS:]), strict=True))
-        if weights.latent_regression_loss_weight > 0:
-            metrics["loss/latent_regression"] = per_step["latent_regression"]
-            metrics["loss/total"] += weights.latent_regression_loss_weight * metrics["loss/latent_regression"]
-        work = RankWork(1000 * self.data_wait_s / self.steps, 1000 * run.engine.work.take() / self.steps)
+        work = RankWork(metrics["perf/data_wait_ms"], 1000 * run.engine.work.take() / self.steps)
         metrics |= report_work(work, run.engine.groups, run.config.guard.straggler_ratio, metrics["perf/step_ms"])
         utilization = model_flops_utilization(self.flops, seconds, run.engine.groups.world_size, self.peak_flops)
         if utilization is not None:
             metrics["perf/model_flops_utilization"] = utilization
         self._start()
+        return metrics
+
+    def _of_taken_steps(self, last: StepResult) -> dict[str, float]:
+        """Return losses, contrast and features of the steps that were taken; collective over all ranks.
+
+        Losses are means over steps; accuracies over all pairs; features are those of the last micro-batch, or, where
+        all micro-batches are contrasted at once, of the last step.
+        """
+        run, is_last_stage = self.run, self.run.engine.has_losses
+        sums = torch.cat([self.sums, self._features(last) if is_last_stage else self.sums.new_zeros(_FEATURES)])
+        totals = sum_over_data_parallel(sums, run.engine.groups, is_last_stage)
+        sums_by_name = dict(zip(_SUM_NAMES, totals[:_SUMS], strict=True))
+        per_step = {name: value / self.taken for name, value in sums_by_name.items()}
+        generation, contrastive = per_step["generation"], per_step["contrastive"]
+        weights, ranks = run.config.loss, run.engine.groups.dp_size
+        metrics = {
+            "loss/total": weights.generation_loss_weight * generation + weights.contrastive_loss_weight * contrastive,
+            "loss/generation": generation,
+            "loss/contrastive": contrastive,
+            "optimizer/grad_norm": last.grad_norm,
+            "contrast/image_to_context_accuracy": sums_by_name["image_hits"] / max(1, self.pairs),
+            "contrast/context_to_image_accuracy": sums_by_name["context_hits"] / max(1, self.pairs),
+            "contrast/num_pairs": self.pairs / self.taken,
+            "contrast/num_same_image": per_step["same_image"],
+            "contrast/num_same_context": per_step["same_context"],
+            "contrast/num_empty_context": per_step["empty_context"],
+        }
+        metrics |= dict(zip(_FEATURE_NAMES, (value / ranks for value in totals[_SUMS:]), strict=True))
+        if weights.latent_regression_loss_weight > 0:
+            metrics["loss/latent_regression"] = per_step["latent_regression"]
+            metrics["loss/total"] += weights.latent_regression_loss_weight * metrics["loss/latent_regression"]
         return metrics
 
     def _positions(self) -> int:

@@ -17,6 +17,9 @@ Which pairs are contrasted with each other is ``contrastive_scope``:
 The two forward passes of ``global`` give the same features: there is no dropout, and drop-path is a hash of step and
 image. Cached gradients of a contrastive loss: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory
 Limited Setup" (arXiv:2101.06983).
+
+A reported loss that is not finite makes the gradient NaN, whatever its own gradient would be, so that all ranks skip
+the step together (``training/step.py``).
 """
 
 from __future__ import annotations
@@ -103,7 +106,7 @@ class Objective:
         self.contrast = contrast
 
     def __call__(self, micro_batch: int, output: LCLOutput) -> tuple[Tensor, LossOutput]:
-        """Return the loss to differentiate and its parts."""
+        """Return the loss to differentiate, NaN unless all its parts are finite, and its parts."""
         if self.contrast is None:
             contrast = self._contrast([output], [micro_batch])
             contrastive = self._mean_over_pairs(contrast)
@@ -183,16 +186,27 @@ class Objective:
         # A copy: the parameter changes before this is read, and with overlap_param_gather not on all ranks at once.
         logit_scale = output.logit_scale.detach().clone()
         parts = LossOutput(whole_generation, reported.detach(), contrast, logit_scale)
-        if output.latent_errors_N is None:
-            return total, parts
-        regression = self._latent_regression(micro_batch, output.latent_errors_N)
-        total = total + self.loss.latent_regression_loss_weight * regression
-        return total, dataclasses.replace(parts, latent_regression_loss=regression.detach())
+        value = generation.detach() + parts.contrastive_loss
+        if output.latent_errors_N is not None:
+            regression = self._latent_regression(micro_batch, output.latent_errors_N)
+            total = total + self.loss.latent_regression_loss_weight * regression
+            parts = dataclasses.replace(parts, latent_regression_loss=regression.detach())
+            value = value + regression.detach()
+        return total * _one_if_finite(value), parts
 
     def _latent_regression(self, micro_batch: int, errors_N: Tensor) -> Tensor:
         """Return this micro-batch's share of the mean error over the images that are contrasted."""
         is_pair_N = self.agreed.micro_batches[micro_batch].pair_mask.to(errors_N.device)
         return errors_N.masked_fill(~is_pair_N, 0.0).sum() / max(1, self.agreed.num_pairs)
+
+
+def _one_if_finite(value: Tensor) -> Tensor:
+    """Return a scalar to multiply the loss by: 1, which changes no bit, or NaN where ``value`` is not finite.
+
+    A loss may be infinite, or no number, while its gradient is finite. So the gradient tells of it, and through its
+    norm all ranks hear of it, without waiting for the device and without another collective.
+    """
+    return torch.where(torch.isfinite(value), 1.0, torch.nan).to(value)
 
 
 def _leaf(features_ND: Tensor) -> Tensor:

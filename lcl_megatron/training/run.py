@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lcl_megatron.checkpoint.native import Progress, Trainable
+from lcl_megatron.checkpoint.saver import Saver
 from lcl_megatron.config import RunConfig
 from lcl_megatron.data.loader import StepLoader
 from lcl_megatron.data.planning.plan import Plan
+from lcl_megatron.parallel.agreement import Word
 from lcl_megatron.parallel.engine import Engine
+from lcl_megatron.training.guard import Guard
+from lcl_megatron.training.ledger import Ledger
 from lcl_megatron.training.metrics_logger import MetricsLogger
 from lcl_megatron.training.stop import StopSignal
 from lcl_megatron.training.watchdog import Watchdog
@@ -16,7 +20,7 @@ from lcl_megatron.training.watchdog import Watchdog
 
 @dataclass
 class Run:
-    """A run between its steps. Only ``progress`` changes."""
+    """A run between its steps. Only ``progress`` is replaced."""
 
     config: RunConfig
     """Resolved configuration."""
@@ -28,14 +32,27 @@ class Run:
     """Yields this rank's part of each global batch."""
     logger: MetricsLogger
     """Writes reports on rank 0."""
+    guard: Guard
+    """Decides which steps are taken."""
     stop: StopSignal
-    """Set by SIGTERM."""
+    """Whether this rank was asked to stop."""
     watchdog: Watchdog
     """Is told what the loop does, and speaks up when that takes too long."""
     progress: Progress
     """How far the run has come."""
+    attempt: str
+    """Name of this start of the run, the same on all ranks."""
+    saver: Saver | None
+    """Writes checkpoints; None = the run has no place for them."""
+    ledger: Ledger | None = None
+    """Records the rows of every step; None = no ledger is kept, or another rank records the same rows."""
 
     @property
     def engine(self) -> Engine:
         """This rank's part of the model."""
         return self.trainable.engine
+
+    def word(self) -> Word:
+        """Return what this rank has to say to all others at the next step."""
+        writing, failed = self.saver.word() if self.saver is not None else (False, False)
+        return Word(stop=self.stop.requested, writing=writing, write_failed=failed)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from lcl_megatron.checkpoint import native
 from lcl_megatron.checkpoint.initial_weights import load_initial_weights
+from lcl_megatron.checkpoint.lease import Lease, LeaseError
+from lcl_megatron.checkpoint.saver import SaveError, Saver, remove_remains
 from lcl_megatron.config import ConfigError, RunConfig
 from lcl_megatron.config.sources import describe
 from lcl_megatron.config.toml import to_toml
@@ -22,8 +24,11 @@ from lcl_megatron.data.storage.corpus import Corpus
 from lcl_megatron.model.initialization import count_parameters
 from lcl_megatron.parallel import engine as engines
 from lcl_megatron.parallel.groups import ProcessGroups
+from lcl_megatron.training.guard import Guard
+from lcl_megatron.training.ledger import open_ledger
 from lcl_megatron.training.metrics_logger import MetricsLogger
 from lcl_megatron.training.optimizer import build_optimizer, build_scheduler
+from lcl_megatron.training.resume import checkpoint_to_resume, resume
 from lcl_megatron.training.run import Run
 from lcl_megatron.training.stop import StopSignal
 from lcl_megatron.training.watchdog import Watchdog, watch
@@ -32,14 +37,19 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def run_from(config: RunConfig) -> Iterator[Run]:
+def run_from(config: RunConfig, stop: StopSignal | None = None) -> Iterator[Run]:
     """Build a run, new or continued, on all ranks; leave the process groups at the end.
+
+    Args:
+        config: what is trained.
+        stop: what listens for signals already; None = it begins to listen here. Closed at the end.
 
     Raises:
         ConfigError, CorpusError, CheckpointError: the run cannot work as configured; rank 0's message says why.
         CollectiveError: another rank is late or gone.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    stop = stop or StopSignal()
     _configure_logging(int(os.environ.get("RANK", "0")))
     validate(config, world_size)
     corpora = open_corpora(config)
@@ -50,16 +60,20 @@ def run_from(config: RunConfig) -> Iterator[Run]:
     try:
         groups.require_agreement("the configuration", to_toml(config))
         groups.require_agreement("the data", plan.fingerprint)
-        with watch(config, groups) as watchdog:
-            run = _build(config, plan, groups, watchdog)
+        attempt = groups.shared_nonce()
+        with watch(config, groups) as watchdog, stop, _lease(config, groups, attempt) as lease:
+            run = _build(config, plan, groups, stop, attempt, lease, watchdog)
             try:
                 # Before SIGTERM is given back: a launcher sends it as soon as one rank dies, and the others' message
                 # takes some seconds.
                 with watchdog.explained():
                     yield run
             finally:
-                run.stop.close()
                 run.logger.close()
+                if run.saver is not None:
+                    run.saver.close()
+                if run.ledger is not None:
+                    run.ledger.close()
     finally:
         groups.destroy()
 
@@ -105,20 +119,59 @@ def build_plan(config: RunConfig, corpora: Sequence[Corpus], dp_size: int) -> Pl
     )
 
 
-def _build(config: RunConfig, plan: Plan, groups: ProcessGroups, watchdog: Watchdog) -> Run:
+@contextmanager
+def _lease(config: RunConfig, groups: ProcessGroups, attempt: str) -> Iterator[Lease | None]:
+    """Hold the folder of checkpoints, on rank 0.
+
+    Raises:
+        LeaseError: another run writes into it; on all ranks.
+        SaveError: it cannot be written; on all ranks.
+    """
+    lease, held, failed = None, "", ""
+    root = Path(config.checkpoint.save)
+    if config.checkpoint.save and groups.rank == 0:
+        try:
+            lease = Lease(root, attempt)
+            remove_remains(root)
+        except LeaseError as error:
+            held = str(error)
+        except OSError as error:
+            failed = f"--save {root} cannot be written: {error}"
+    try:
+        if held := groups.first_rank_text(held):
+            raise LeaseError(held)
+        if failed := groups.first_rank_text(failed):
+            raise SaveError(failed)
+        yield lease
+    finally:
+        if lease is not None:
+            lease.close()
+
+
+def _build(
+    config: RunConfig,
+    plan: Plan,
+    groups: ProcessGroups,
+    stop: StopSignal,
+    attempt: str,
+    lease: Lease | None,
+    watchdog: Watchdog,
+) -> Run:
     watchdog.mark("load")
     if groups.rank == 0:
+        stop.watch(config.checkpoint.save)
         logger.info("configuration\n%s", describe(config))
         _log_data(plan)
-    checkpoint = _checkpoint_to_resume(config)
+    checkpoint = checkpoint_to_resume(config.checkpoint, groups)
     engine = engines.build_engine(config, groups)
     logger.debug("%s holds %s", groups.describe(), " | ".join(", ".join(stage.pieces) for stage in engine.stages))
     if config.checkpoint.init_weights and checkpoint is None:
         # Before the optimizer, whose float32 values begin as the weights.
         load_initial_weights(config.checkpoint.init_weights, engine, plan.sequence.sources[0].corpus.tokenizer.model)
     optimizer = build_optimizer(engine)
-    trainable = native.Trainable(engine, optimizer, build_scheduler(config, optimizer))
-    progress = _resume(config, plan, trainable, checkpoint)
+    guard = Guard(config.guard)
+    trainable = native.Trainable(engine, optimizer, build_scheduler(config, optimizer), guard)
+    progress = resume(config, plan, trainable, checkpoint)
     if groups.rank == 0:
         logger.info(
             "world size %d: tensor %d x pipeline %d%s x context %d x data %d; %.2f M parameters on this rank; "
@@ -133,8 +186,7 @@ def _build(config: RunConfig, plan: Plan, groups: ProcessGroups, watchdog: Watch
             progress.step,
             config.training.train_iters,
         )
-    stop = StopSignal()
-    stop.listen()
+    stop.begin()
     return Run(
         config=config,
         trainable=trainable,
@@ -154,9 +206,13 @@ def _build(config: RunConfig, plan: Plan, groups: ProcessGroups, watchdog: Watch
             is_writer=groups.rank == 0,
             resume_step=progress.step,
         ),
+        guard=guard,
         stop=stop,
         watchdog=watchdog,
         progress=progress,
+        attempt=attempt,
+        saver=Saver(config.checkpoint, groups, attempt, lease) if config.checkpoint.save else None,
+        ledger=open_ledger(config, groups, progress, plan.fingerprint, attempt),
     )
 
 
@@ -177,63 +233,6 @@ def _log_data(plan: Plan) -> None:
             100 * share,
             f"; left out: {left_out}" if left_out else "",
         )
-
-
-def _checkpoint_to_resume(config: RunConfig) -> Path | None:
-    """Return the newest complete checkpoint, if there is one to continue from.
-
-    Raises:
-        CheckpointError: ``checkpoint.load`` holds none.
-    """
-    # ``save`` first: a job that was started with --load and is started again must not lose what it has done since.
-    roots = [root for root in (config.checkpoint.save, config.checkpoint.load) if root]
-    checkpoint = next((found for root in roots if (found := native.find_latest(root))), None)
-    if checkpoint is None and config.checkpoint.load:
-        raise native.CheckpointError(
-            f"--load {config.checkpoint.load}: no complete checkpoint (step-NNNNNNNN) there; give the --save "
-            "folder of a run, or leave --load out to start anew"
-        )
-    return checkpoint
-
-
-def _resume(config: RunConfig, plan: Plan, trainable: native.Trainable, checkpoint: Path | None) -> native.Progress:
-    """Load the checkpoint to continue from; None = the run begins.
-
-    Raises:
-        CheckpointError: it was trained on other data or in another order.
-    """
-    if checkpoint is None:
-        return native.Progress(data=plan.description)
-    progress = _on_this_data(config, plan, checkpoint, native.load(checkpoint, trainable))
-    if trainable.engine.groups.rank == 0:
-        ignored = f"; --init-weights {config.checkpoint.init_weights} is for new runs and was not read"
-        logger.info("continuing from %s%s", checkpoint, ignored if config.checkpoint.init_weights else "")
-    return progress
-
-
-def _on_this_data(config: RunConfig, plan: Plan, checkpoint: Path, progress: native.Progress) -> native.Progress:
-    """Return where a loaded run stands in the plan.
-
-    Raises:
-        CheckpointError: it was trained on other data, and ``checkpoint.allow_data_change`` is off.
-    """
-    if progress.data == plan.description:
-        return progress
-    names = [*progress.data, *(name for name in plan.description if name not in progress.data)]
-    changes = [
-        f"{name}: {progress.data.get(name, 'absent')} in the checkpoint, {plan.description.get(name, 'absent')} here"
-        for name in names
-        if progress.data.get(name) != plan.description.get(name)
-    ]
-    listed = "\n  ".join(changes)
-    if not config.checkpoint.allow_data_change:
-        raise native.CheckpointError(
-            f"{checkpoint} was trained on other data:\n  {listed}\ncontinuing would repeat and skip documents. Use the "
-            "settings of its run.toml, start in another folder, or --allow-data-change to begin with the new data's "
-            "first row"
-        )
-    logger.warning("continuing %s with the first row of other data:\n  %s", checkpoint, listed)
-    return dataclasses.replace(progress, consumed_rows=0, data=plan.description)
 
 
 def _configure_logging(rank: int) -> None:

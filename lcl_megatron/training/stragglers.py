@@ -108,7 +108,7 @@ def _warn(stragglers: Sequence[Straggler], groups: ProcessGroups) -> None:
     for straggler in stragglers[:MAX_NAMED]:
         logger.warning(
             "slow: %s works %.0f ms a step, the median rank %.0f ms (data %.0f ms, forward %.0f ms%s)",
-            groups.describe_rank(straggler.rank),
+            groups.describe(straggler.rank),
             straggler.work.total_ms,
             straggler.median_ms,
             straggler.work.data_ms,

@@ -179,7 +179,7 @@ class Watchdog:
         try:
             first = self._read(self._board)
             time.sleep(_BEATS_TO_TELL * self._board.interval)
-            suspects = name_suspects(first, self._read(self._board), self._groups.describe_rank)
+            suspects = name_suspects(first, self._read(self._board), self._groups.describe)
         except BoardError as gone:
             suspects = [f"who is behind is not known: {gone}"]
         return "\n  ".join([own, *suspects])
@@ -259,7 +259,7 @@ class Watchdog:
             if self._reading is None or now is None:
                 lines = ["who is behind is not known: the store of torch.distributed does not answer"]
             else:
-                lines = name_suspects(self._reading, now, self._groups.describe_rank)
+                lines = name_suspects(self._reading, now, self._groups.describe)
         # Of thousands of ranks only those that are behind show their stacks in the log of all; files hold the others'.
         is_suspect = not lines or any(line.startswith(f"{me} ") for line in lines)
         self._write("\n  ".join([text, *lines]), stacks=True, stacks_in_log=is_suspect)

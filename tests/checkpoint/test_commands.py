@@ -15,7 +15,7 @@ import torch
 from lcl_megatron.checkpoint.commands import export, import_source, official
 from lcl_megatron.checkpoint.convert.importing import ImportOptions
 from lcl_megatron.checkpoint.convert.official_file import Heads
-from lcl_megatron.checkpoint.folders import CheckpointError
+from lcl_megatron.checkpoint.manifest import CheckpointError
 from lcl_megatron.checkpoint.stock_libraries import LibraryError
 from lcl_megatron.checkpoint.weights import read_weights, write_weights
 from lcl_megatron.config.toml import from_toml

@@ -8,7 +8,6 @@ import dataclasses
 import logging
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ from torch.nn import functional as F
 
 from lcl_megatron.checkpoint.convert.importing import ImportOptions, import_weights, only_parts
 from lcl_megatron.checkpoint.convert.official_file import Heads
-from lcl_megatron.checkpoint.folders import CheckpointError, step_folder
+from lcl_megatron.checkpoint.folders import step_folder
 from lcl_megatron.checkpoint.initial_weights import check_fit, load_initial_weights
+from lcl_megatron.checkpoint.manifest import CheckpointError
 from lcl_megatron.checkpoint.native import Trainable
 from lcl_megatron.checkpoint.parameters import parameter_shapes
 from lcl_megatron.checkpoint.reference_case import ReferenceCase
@@ -131,9 +131,7 @@ def _run(rank: int, world_size: int, config: RunConfig) -> tuple[HeldState, Held
         return before, runs.held_state(run.trainable)
 
 
-def test_run_starts_from_weights_and_a_resumed_one_ignores_them(
-    run_saving: Callable[..., list[Any]], corpus: WrittenCorpus, tmp_path: Path
-) -> None:
+def test_run_starts_from_weights_and_a_resumed_one_ignores_them(corpus: WrittenCorpus, tmp_path: Path) -> None:
     config = dataclasses.replace(
         ONE.apply(CONFIG),
         language=dataclasses.replace(CONFIG.language, vocab_size=corpus.corpus.vocab_size),
@@ -143,11 +141,11 @@ def test_run_starts_from_weights_and_a_resumed_one_ignores_them(
     )
     weights = dataclasses.replace(random_weights(config), tokenizer=corpus.corpus.tokenizer.model)
     write_weights(weights, tmp_path / "weights")
-    ((before, after),) = run_saving(_run, 1, config)
+    ((before, after),) = run_distributed(_run, 1, config)
     first, last = runs.whole_state([before]), runs.whole_state([after])
     runs.assert_same_bits(_weights_of(first), _expected(weights, config))
     shutil.rmtree(tmp_path / "weights")
-    ((resumed, _),) = run_saving(_run, 1, config)
+    ((resumed, _),) = run_distributed(_run, 1, config)
     runs.assert_same_bits(runs.whole_state([resumed]), last)
     with pytest.raises(AssertionError):
         runs.assert_same_bits(_weights_of(last), _weights_of(first))
@@ -155,7 +153,7 @@ def test_run_starts_from_weights_and_a_resumed_one_ignores_them(
     again = dataclasses.replace(
         config, checkpoint=CheckpointConfig(init_weights=str(step_folder(tmp_path / "save", 3)))
     )
-    ((started, _),) = run_saving(_run, 1, again)
+    ((started, _),) = run_distributed(_run, 1, again)
     assert started.adam_steps in ([], [0])
     runs.assert_same_bits(_weights_of(runs.whole_state([started])), _weights_of(last))
 

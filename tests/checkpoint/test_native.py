@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from lcl_megatron.checkpoint import native
+from lcl_megatron.checkpoint.manifest import read_manifest
 from lcl_megatron.checkpoint.native import CheckpointError, Progress
+from lcl_megatron.checkpoint.reader import CheckpointReader
+from lcl_megatron.checkpoint.saver import remove_remains
 from lcl_megatron.config import RunConfig
 from lcl_megatron.config.sources import load_run_config
 from lcl_megatron.parallel import engine as engines
@@ -20,7 +25,6 @@ from tests.checkpoint.runs import CONFIG, Layout
 from tests.distributed import run_distributed
 
 ONE = Layout("one").apply(CONFIG)
-RunRanks = Callable[..., list[Any]]
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
@@ -35,17 +39,11 @@ def _save_steps(rank: int, world_size: int, config: RunConfig, root: Path, steps
 
 
 @pytest.fixture(scope="module")
-def saved(run_saving: RunRanks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the checkpoints of steps 0, 1 and 2."""
     root = tmp_path_factory.mktemp("runs") / "not" / "there" / "yet"
-    run_saving(_save_steps, 1, ONE, root, range(3))
+    run_distributed(_save_steps, 1, ONE, root, range(3))
     return root
-
-
-def test_saver_without_the_shared_queue_of_these_tests_works(tmp_path: Path) -> None:
-    """With a process of its own for results, as in a real run; two ranks."""
-    run_distributed(_save_steps, 2, Layout("dp2", dp=2).apply(CONFIG), tmp_path, range(1, 2))
-    assert native.find_latest(tmp_path) == tmp_path / "step-00000001"
 
 
 def test_checkpoint_holds_configuration_and_tokenizer_and_nothing_is_left_beside_it(saved: Path) -> None:
@@ -74,11 +72,14 @@ def _save_over_leftovers(rank: int, world_size: int, root: Path) -> tuple[dict[s
     trainable = runs.build(ONE)
     progress = Progress(step=7)
     with pytest.raises(TypeError):
-        # Dies when the shards are on disk and the rest is not.
-        native.save(root, trainable, progress, "no bytes")  # type: ignore[arg-type]
+        # Dies when the folder is there and its files are not.
+        native.save(root, trainable, progress, None)  # type: ignore[arg-type]
     (staging,) = root.iterdir()
-    (staging / "__9_9.distcp").write_bytes(b"of an earlier layout")
+    assert staging.name.startswith(".staging-step-00000007-")
+    (staging / "vision-weights-00009.safetensors").write_bytes(b"of an earlier layout")
     assert native.find_latest(root) is None
+    remove_remains(root)
+    assert list(root.iterdir()) == []
     native.save(root, trainable, progress, b"")
     first = _contents(root)
     runs.train(trainable, range(1))
@@ -86,11 +87,25 @@ def _save_over_leftovers(rank: int, world_size: int, root: Path) -> tuple[dict[s
     return first, _contents(root)
 
 
-def test_save_replaces_what_a_killed_save_left_and_never_writes_in_place(run_saving: RunRanks, tmp_path: Path) -> None:
-    ((first, second),) = run_saving(_save_over_leftovers, 1, tmp_path)
+def test_save_leaves_killed_saves_alone_and_never_writes_in_place(tmp_path: Path) -> None:
+    ((first, second),) = run_distributed(_save_over_leftovers, 1, tmp_path)
     assert {name.split("/")[0] for name in first} == {"step-00000007"}
-    assert "step-00000007/__9_9.distcp" not in first
     assert second == first
+
+
+def test_files_are_the_manifests_and_any_safetensors_reader_opens_them(saved: Path) -> None:
+    checkpoint = saved / "step-00000001"
+    manifest = read_manifest(checkpoint)
+    assert {path.name for path in checkpoint.iterdir()} == {"manifest.json", *manifest.files}
+    for name, entry in manifest.files.items():
+        content = (checkpoint / name).read_bytes()
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (entry.size, entry.sha256)
+    reader = CheckpointReader(checkpoint)
+    tensors = load_file(checkpoint / "vision-weights-00000.safetensors")
+    assert {name.split(".")[0] for name in tensors} == {"vision", "optimizer"}
+    for name, tensor in tensors.items():
+        if "#" not in name:
+            assert torch.equal(reader.read([name])[name], tensor)
 
 
 def _load_again(rank: int, world_size: int, config: RunConfig, root: Path) -> Any:
@@ -117,12 +132,10 @@ def _load_again(rank: int, world_size: int, config: RunConfig, root: Path) -> An
     ],
     ids=lambda value: getattr(value, "name", value),
 )
-def test_same_layout_gets_back_the_same_bits(
-    layout: Layout, precision: str, run_saving: RunRanks, tmp_path: Path
-) -> None:
+def test_same_layout_gets_back_the_same_bits(layout: Layout, precision: str, tmp_path: Path) -> None:
     config = layout.apply(CONFIG)
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision=precision))
-    for (before, schedule), (after, loaded_schedule), fresh in run_saving(
+    for (before, schedule), (after, loaded_schedule), fresh in run_distributed(
         _load_again, layout.world_size, config, tmp_path
     ):
         assert loaded_schedule == schedule

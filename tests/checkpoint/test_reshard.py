@@ -15,6 +15,7 @@ from lcl_megatron.checkpoint import native
 from lcl_megatron.config import RunConfig
 from tests.checkpoint import runs
 from tests.checkpoint.runs import CONFIG, HeldState, Layout
+from tests.distributed import run_distributed
 
 ONE = Layout("one")
 DP2 = Layout("dp2", dp=2)
@@ -79,14 +80,14 @@ def _load(rank: int, world_size: int, config: RunConfig, folder: Path) -> tuple[
 
 
 @pytest.fixture(scope="module")
-def saved(run_saving: Callable[..., list[Any]], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """Train and save a model in a layout, once."""
     known: dict[tuple[str, Layout], tuple[Path, list[HeldState]]] = {}
 
     def get(model: str, layout: Layout) -> tuple[Path, list[HeldState]]:
         if (model, layout) not in known:
             folder = tmp_path_factory.mktemp("saved")
-            ranks = run_saving(_train_and_save, layout.world_size, layout.apply(MODELS[model]), folder)
+            ranks = run_distributed(_train_and_save, layout.world_size, layout.apply(MODELS[model]), folder)
             known[model, layout] = folder, ranks
         return known[model, layout]
 
@@ -97,10 +98,13 @@ def saved(run_saving: Callable[..., list[Any]], tmp_path_factory: pytest.TempPat
     ("model", "source", "target"), CROSSINGS, ids=[f"{m}: {s.name} -> {t.name}" for m, s, t in CROSSINGS]
 )
 def test_loaded_tensors_equal_saved_ones(
-    model: str, source: Layout, target: Layout, saved: Callable[..., Any], run_saving: Callable[..., list[Any]]
+    model: str,
+    source: Layout,
+    target: Layout,
+    saved: Callable[..., Any],
 ) -> None:
     folder, before = saved(model, source)
-    loaded = run_saving(_load, target.world_size, target.apply(MODELS[model]), folder)
+    loaded = run_distributed(_load, target.world_size, target.apply(MODELS[model]), folder)
     after = [rank for rank, _ in loaded]
     runs.assert_same_bits(runs.whole_state(after), runs.whole_state(before))
     for rank, progress in loaded:

@@ -22,6 +22,7 @@ from lcl_megatron.training.metrics_reader import read_metrics
 from lcl_megatron.training.setup import run_from
 from tests.checkpoint import runs
 from tests.checkpoint.runs import CONFIG, HeldState, Layout
+from tests.distributed import run_distributed
 
 HALF, WHOLE = 2, 4
 LOSS_TOLERANCE = 1e-4
@@ -35,7 +36,6 @@ TP2 = Layout("tp2, sequence parallel", tp=2, sequence_parallel=True)
 CP2 = Layout("cp2", cp=2)
 DP2_PLAIN = Layout("dp2, whole optimizer", dp=2, distributed_optimizer=False)
 
-RunRanks = Callable[..., list[Any]]
 Rows = dict[int, tuple[list[tuple[int, ...]], list[int]]]
 """Step -> tokens of this rank's rows, and keys of their images."""
 
@@ -76,7 +76,7 @@ def _run(rank: int, world_size: int, config: RunConfig) -> Outcome:
 
 @pytest.fixture(scope="module")
 def uninterrupted(
-    run_saving: RunRanks, corpus_path: Path, tmp_path_factory: pytest.TempPathFactory
+    corpus_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., tuple[Path, list[Outcome]]]:
     """Train to the end in a layout, with a checkpoint half-way; once per layout."""
     known: dict[tuple[Layout, str], tuple[Path, list[Outcome]]] = {}
@@ -89,7 +89,7 @@ def uninterrupted(
                 checkpoint=CheckpointConfig(save=str(folder), save_interval=HALF),
                 logging=LoggingConfig(log_interval=1, log_dir=str(folder / "log") if layout == ONE else ""),
             )
-            known[layout, precision] = folder, run_saving(_run, layout.world_size, config)
+            known[layout, precision] = folder, run_distributed(_run, layout.world_size, config)
         return known[layout, precision]
 
     return get
@@ -131,36 +131,36 @@ def _assert_same_end(resumed: list[Outcome], expected: list[Outcome]) -> None:
     ids=lambda value: getattr(value, "name", value),
 )
 def test_resumed_run_ends_with_the_bits_of_the_uninterrupted_one(
-    layout: Layout, precision: str, uninterrupted: Callable[..., Any], run_saving: RunRanks, corpus_path: Path
+    layout: Layout, precision: str, uninterrupted: Callable[..., Any], corpus_path: Path
 ) -> None:
     folder, expected = uninterrupted(layout, precision)
     config = dataclasses.replace(
         _config(layout, corpus_path, precision), checkpoint=CheckpointConfig(load=str(step_folder(folder, HALF)))
     )
-    _assert_same_end(run_saving(_run, layout.world_size, config), expected)
+    _assert_same_end(run_distributed(_run, layout.world_size, config), expected)
 
 
 def test_run_that_stopped_itself_goes_on_from_where_it_saved(
-    uninterrupted: Callable[..., Any], run_saving: RunRanks, corpus_path: Path, tmp_path: Path
+    uninterrupted: Callable[..., Any], corpus_path: Path, tmp_path: Path
 ) -> None:
     """Nothing but the folder is given the second time, and no interval falls on the stop."""
     config = dataclasses.replace(_config(ONE, corpus_path), checkpoint=CheckpointConfig(save=str(tmp_path)))
     stopping = dataclasses.replace(config, logging=LoggingConfig(exit_interval=HALF))
-    (first,) = run_saving(_run, 1, stopping)
+    (first,) = run_distributed(_run, 1, stopping)
     assert first.progress.step == HALF
     assert first.progress.consumed_rows == HALF * config.training.global_batch_size
-    assert [path.name for path in tmp_path.iterdir()] == [f"step-{HALF:08d}"]
-    resumed = run_saving(_run, 1, config)
+    assert [path.name for path in tmp_path.glob("step-*")] == [f"step-{HALF:08d}"]
+    resumed = run_distributed(_run, 1, config)
     _assert_same_end(resumed, uninterrupted(ONE)[1])
     # The finished run has nothing left to do.
-    (third,) = run_saving(_run, 1, config)
+    (third,) = run_distributed(_run, 1, config)
     assert third.rows == {}
     assert third.progress == resumed[0].progress
 
 
 @pytest.mark.parametrize("layout", [DP2, PP2, PP2X2, TP2, CP2], ids=lambda layout: layout.name)
 def test_run_resumed_in_another_layout_reads_on_and_learns_alike(
-    layout: Layout, uninterrupted: Callable[..., Any], run_saving: RunRanks, corpus_path: Path, tmp_path: Path
+    layout: Layout, uninterrupted: Callable[..., Any], corpus_path: Path, tmp_path: Path
 ) -> None:
     folder, expected = uninterrupted(ONE)
     config = dataclasses.replace(
@@ -168,7 +168,7 @@ def test_run_resumed_in_another_layout_reads_on_and_learns_alike(
         checkpoint=CheckpointConfig(load=str(step_folder(folder, HALF))),
         logging=LoggingConfig(log_interval=1, log_dir=str(tmp_path)),
     )
-    resumed = run_saving(_run, layout.world_size, config)
+    resumed = run_distributed(_run, layout.world_size, config)
     rows, expected_rows = _all_rows(resumed), _all_rows(expected)
     assert rows == {step: expected_rows[step] for step in range(HALF, WHOLE)}
     losses, expected_losses = _losses(tmp_path), _losses(folder / "log")
@@ -196,9 +196,7 @@ def _refused(rank: int, world_size: int, config: RunConfig) -> str:
     return str(refusal.value)
 
 
-def test_another_order_of_data_is_refused(
-    uninterrupted: Callable[..., Any], run_saving: RunRanks, corpus_path: Path
-) -> None:
+def test_another_order_of_data_is_refused(uninterrupted: Callable[..., Any], corpus_path: Path) -> None:
     folder, _ = uninterrupted(ONE)
     config = _config(ONE, corpus_path)
     config = dataclasses.replace(
@@ -206,13 +204,11 @@ def test_another_order_of_data_is_refused(
         training=dataclasses.replace(config.training, seed=77),
         checkpoint=CheckpointConfig(load=str(folder)),
     )
-    (message,) = run_saving(_refused, 1, config)
+    (message,) = run_distributed(_refused, 1, config)
     assert "was trained on other data:\n  training.seed: 1234 in the checkpoint, 77 here" in message
 
 
-def test_folder_without_a_checkpoint_is_refused_when_asked_to_load(
-    run_saving: RunRanks, corpus_path: Path, tmp_path: Path
-) -> None:
+def test_folder_without_a_checkpoint_is_refused_when_asked_to_load(corpus_path: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(_config(ONE, corpus_path), checkpoint=CheckpointConfig(load=str(tmp_path)))
-    (message,) = run_saving(_refused, 1, config)
+    (message,) = run_distributed(_refused, 1, config)
     assert "no complete checkpoint (step-NNNNNNNN) there" in message

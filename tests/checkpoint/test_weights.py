@@ -17,19 +17,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from lcl_megatron.checkpoint import native
 from lcl_megatron.checkpoint.export import export_weights
-from lcl_megatron.checkpoint.folders import CheckpointError, Progress
+from lcl_megatron.checkpoint.folders import Progress
+from lcl_megatron.checkpoint.manifest import (
+    MANIFEST_FILE,
+    CheckpointError,
+    DamagedCheckpointError,
+    FileEntry,
+    Manifest,
+    file_sha256,
+)
 from lcl_megatron.checkpoint.parameters import parameter_shapes
+from lcl_megatron.checkpoint.reader import CheckpointReader
 from lcl_megatron.checkpoint.weights import ModelWeights, check_parameters, read_weights, write_weights
 from lcl_megatron.config import ConfigError, LanguageConfig, RunConfig
 from lcl_megatron.model.lcl import LCLModel
-from lcl_megatron.parallel.shards import ALLOWED_GLOBALS, ShardError, ShardReader
 from tests.checkpoint import runs
 from tests.checkpoint.random_weights import random_weights, tiny_config
 from tests.checkpoint.runs import CONFIG, Layout
+from tests.distributed import run_distributed
+from tests.harm import Harm, zipped
 
 ROOT = Path(__file__).parents[2]
 ONE = Layout("one")
@@ -56,14 +65,14 @@ def _train_and_save(rank: int, world_size: int, config: RunConfig, folder: Path)
 
 
 @pytest.fixture(scope="module")
-def saved(run_saving: Callable[..., list[Any]], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """Folder, whole tensors by kind and name, and the first rank's parameter shapes; trained and saved once."""
     known: dict[str, Any] = {}
 
     def get(name: str, layout: Layout, config: RunConfig) -> Any:
         if name not in known:
             folder = tmp_path_factory.mktemp("saved")
-            ranks = run_saving(_train_and_save, layout.world_size, layout.apply(config), folder)
+            ranks = run_distributed(_train_and_save, layout.world_size, layout.apply(config), folder)
             known[name] = folder, runs.whole_state([state for state, _ in ranks]), ranks[0][1]
         return known[name]
 
@@ -212,103 +221,90 @@ def test_damaged_weights_folder_names_its_file(tmp_path: Path) -> None:
 def test_configuration_of_another_model_is_refused(checkpoint: Path) -> None:
     text = (checkpoint / "run.toml").read_text().replace("class_token = true", "class_token = false")
     (checkpoint / "run.toml").write_text(text)
+    _manifest_of_what_is_there(checkpoint)
     with pytest.raises(
         CheckpointError, match=r"(?s)step-00000002: .*position_embeddings: \(5, 16\), expected \(4, 16\)"
     ):
         read_weights(checkpoint)
 
 
-class Harm:
-    """Unpickled, it makes a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.path),)
+def _manifest_of_what_is_there(checkpoint: Path) -> None:
+    """Make the manifest fit the files, as somebody could who may write them."""
+    names = (path.name for path in checkpoint.iterdir() if path.name != MANIFEST_FILE)
+    files = {name: FileEntry((checkpoint / name).stat().st_size, file_sha256(checkpoint / name)) for name in names}
+    (checkpoint / MANIFEST_FILE).write_text(Manifest(2, "forged", files).text())
 
 
-def test_nothing_that_a_checkpoint_names_is_run(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["pool-weights-00000.safetensors", "index.json", "state.json", "run.toml"])
+@pytest.mark.parametrize("has_manifest", [False, True])
+def test_nothing_that_a_checkpoint_holds_is_run(
+    name: str, has_manifest: bool, checkpoint: Path, tmp_path: Path
+) -> None:
     mark = tmp_path / "harm"
-    original = (checkpoint / ".metadata").read_bytes()
-    (checkpoint / ".metadata").write_bytes(pickle.dumps(Harm(mark)))
-    with pytest.raises(CheckpointError, match=r"names posix.mkdir, which a checkpoint has no use for"):
-        read_weights(checkpoint)
-    (checkpoint / ".metadata").write_bytes(original)
-    torch.save({"progress": Harm(mark)}, checkpoint / "common.pt")
-    with pytest.raises(CheckpointError, match=r"common.pt does not hold the progress of a run"):
-        read_weights(checkpoint)
+    for content in (pickle.dumps(Harm(mark)), zipped(Harm(mark))):
+        (checkpoint / name).write_bytes(content)
+        if has_manifest:
+            _manifest_of_what_is_there(checkpoint)
+        with pytest.raises((CheckpointError, ConfigError)):
+            read_weights(checkpoint)
     assert not mark.exists()
     pickle.loads(pickle.dumps(Harm(mark)))
     assert mark.exists(), "the files above would have done no harm anyway"
 
 
-def test_tensor_files_are_read_without_unpickling_objects(checkpoint: Path, tmp_path: Path) -> None:
-    mark = tmp_path / "harm"
-    metadata = FileSystemReader(checkpoint).read_metadata()
-    for key, info in metadata.storage_data.items():
-        if key.fqn == "pool.query":
-            file = checkpoint / info.relative_path
-            offset = file.stat().st_size
-            with file.open("ab") as stream:
-                torch.save(Harm(mark), stream)
-            metadata.storage_data[key] = dataclasses.replace(info, offset=offset, length=file.stat().st_size - offset)
-    with (checkpoint / ".metadata").open("wb") as stream:
-        pickle.dump(metadata, stream)
-    with pytest.raises(CheckpointError, match="cannot read the tensors of .*, a file is absent or damaged"):
-        read_weights(checkpoint)
-    assert not mark.exists()
-
-
-@pytest.mark.parametrize("path", ["../outside.distcp", "/outside.distcp", "folder/inside.distcp"])
-def test_files_outside_the_checkpoint_are_not_opened(path: str, checkpoint: Path) -> None:
-    metadata = FileSystemReader(checkpoint).read_metadata()
-    for key, info in metadata.storage_data.items():
-        metadata.storage_data[key] = dataclasses.replace(info, relative_path=path)
-    with (checkpoint / ".metadata").open("wb") as stream:
-        pickle.dump(metadata, stream)
-    with pytest.raises(CheckpointError, match=f"names files outside the checkpoint: '{path}'"):
-        read_weights(checkpoint)
-
-
 def test_damaged_checkpoint_is_named_with_what_to_do(checkpoint: Path) -> None:
-    index = checkpoint / ".metadata"
-    content = index.read_bytes()
-    index.write_bytes(content[:100])
-    with pytest.raises(CheckpointError, match=r"\.metadata is not the index of a checkpoint.*take the one before"):
+    file = checkpoint / "vision-weights-00000.safetensors"
+    content = file.read_bytes()
+    changed = bytearray(content)
+    changed[-7] ^= 1
+    for damage, message in [
+        (bytes(changed), "vision-weights-00000.safetensors was changed after it was written; copy it again"),
+        (content[:1000], "vision-weights-00000.safetensors holds 1000 bytes instead of"),
+    ]:
+        file.write_bytes(damage)
+        with pytest.raises(DamagedCheckpointError, match=message):
+            read_weights(checkpoint)
+    file.unlink()
+    with pytest.raises(DamagedCheckpointError, match=r"vision-weights-00000.safetensors cannot be read: No such file"):
         read_weights(checkpoint)
-    index.unlink()
-    with pytest.raises(CheckpointError, match=r"cannot read .*\.metadata: No such file .* is not complete"):
-        read_weights(checkpoint)
-    index.write_bytes(content)
-    for file in checkpoint.glob("*.distcp"):
-        file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="a file is absent or damaged: .*take the one before"):
-        read_weights(checkpoint)
-    for file in checkpoint.glob("*.distcp"):
-        file.unlink()
-    with pytest.raises(CheckpointError, match="a file is absent or damaged: "):
+
+
+def test_of_several_checkpoints_the_newest_whole_one_is_read(
+    saved: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, whole, _ = saved("one", ONE, CONFIG)
+    older = Path(shutil.copytree(folder / "step-00000002", tmp_path / "step-00000002"))
+    newer = Path(shutil.copytree(older, tmp_path / "step-00000003"))
+    weights = read_weights(tmp_path)
+    np.testing.assert_array_equal(weights.state["pool.query"].numpy(), whole["param/pool.query"])
+    # A manifest of another step, and then none.
+    assert "step-00000003/manifest.json belongs to step 2" in caplog.text
+    (older / MANIFEST_FILE).unlink()
+    with pytest.raises(DamagedCheckpointError, match=f"{older} has no manifest.json.*take another checkpoint"):
+        read_weights(tmp_path)
+    assert newer.exists()
+
+
+@pytest.mark.parametrize("parts", [("vision",), ("vision", "pool")])
+def test_parts_of_the_model_are_read_without_the_files_of_the_others(
+    parts: tuple[str, ...], saved: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder, whole, _ = saved("tp2 x pp2, bf16", TP2_PP2, BF16)
+    checkpoint = Path(shutil.copytree(folder / "step-00000002", tmp_path / "step-00000002"))
+    for file in checkpoint.glob("*.safetensors"):
+        if not any(file.name.startswith(f"{part}-weights-") for part in parts):
+            file.unlink()
+    weights = read_weights(checkpoint, parts)
+    assert weights.parts == parts
+    for key, tensor in weights.state.items():
+        np.testing.assert_array_equal(tensor.numpy(), whole[f"param/{key}"], err_msg=key)
+    with pytest.raises(DamagedCheckpointError, match=r"weights-\d+.safetensors cannot be read"):
         read_weights(checkpoint)
 
 
 def test_reader_names_tensors_that_are_not_there(checkpoint: Path) -> None:
-    with pytest.raises(ShardError, match=r"has no tensors pool\.nothing"):
-        ShardReader(checkpoint).read(["pool.query", "pool.nothing"])
-
-
-def test_only_what_checkpoints_use_is_allowed(checkpoint: Path) -> None:
-    """Every class that may be built is one of torch's records of tensors and files."""
-    used = set()
-
-    class Recorder(pickle.Unpickler):
-        def find_class(self, module: str, name: str) -> Any:
-            used.add((module, name))
-            return super().find_class(module, name)
-
-    with (checkpoint / ".metadata").open("rb") as stream:
-        Recorder(stream).load()
-    assert used <= ALLOWED_GLOBALS
-    assert {module for module, _ in ALLOWED_GLOBALS - used} <= {"torch"}, "allowed, but no checkpoint needs it"
+    with pytest.raises(CheckpointError, match=r"has no tensor pool\.nothing"):
+        CheckpointReader(checkpoint).read(["pool.query", "pool.nothing"])
 
 
 WITHOUT_MEGATRON = """

@@ -84,6 +84,8 @@ def test_steps_come_in_order_whatever_the_number_of_workers(written: WrittenCorp
         for found, other in zip(batch.micro_batches, expected, strict=True):
             assert_equal(found, other)
         assert batch.bad_images == ()
+        planned = make_plan(written.corpus).step(batch.step).micro_batches(1)
+        assert batch.row_numbers == tuple(tuple(row.index for row in rows) for rows in planned)
         assert batch.layout.num_images[:, 1].tolist() == [b.num_images for b in batch.micro_batches]
 
 

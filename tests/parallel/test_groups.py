@@ -46,6 +46,9 @@ def _members(group: dist.ProcessGroup | None) -> list[int]:
 def test_groups_when_layout_varies_follow_the_rank_numbering(tp, cp, dp, pp):
     def members(rank: int, world_size: int) -> dict[str, object]:
         made = groups.initialize(_layout(tp, pp, cp), _last_two)
+        others: list[object] = [None] * world_size
+        dist.all_gather_object(others, made.describe())
+        assert [made.describe(other) for other in range(world_size)] == others
         place = made.describe(), (made.tp_size, made.cp_size, made.dp_size, made.pp_size), made.cp_rank
         ranks = torch.tensor([rank])
         dist.all_reduce(ranks, group=made.host)
@@ -53,7 +56,7 @@ def test_groups_when_layout_varies_follow_the_rank_numbering(tp, cp, dp, pp):
         return {
             "place": place,
             "host": int(ranks),
-            "places": [made.describe_rank(other) for other in range(world_size)],
+            "places": [made.describe(other) for other in range(world_size)],
             **{
                 name: _members(getattr(made.collection, name))
                 for name in ("tp", "pp", "cp", "dp", "dp_cp", "mp", "embd", "pos_embd")
@@ -146,8 +149,63 @@ def test_ranks_that_were_started_differently_are_named_on_every_rank() -> None:
     assert all("the colour of ranks [1] differs from that of rank 0" in message for message in messages)
 
 
-def test_rank_0_decides() -> None:
-    said = run_distributed(
-        lambda rank, _: groups.initialize(ParallelConfig(), lambda pipeline: pipeline[:1]).first_rank_says(rank == 0), 2
-    )
-    assert said == [True, True]
+def _said(rank: int, world_size: int, texts: list[str]) -> tuple[str, list[str], tuple[bool, ...]]:
+    made = groups.initialize(ParallelConfig(), lambda pipeline: pipeline[:1])
+    flags = made.any_rank(False, rank == 1, True)
+    return made.first_rank_text(texts[rank]), made.gather_texts(texts[rank]), flags
+
+
+@pytest.mark.parametrize(
+    "texts", [["a", "b", "c"], ["", "a longer text", ""], ["\u00fcber", "", "x" * 5000], ["", "", ""]]
+)
+def test_texts_and_flags_of_all_ranks(texts: list[str]) -> None:
+    for first, gathered, flags in run_distributed(_said, 3, texts):
+        assert first == texts[0]
+        assert gathered == texts
+        assert flags == (False, True, True)
+
+
+def test_a_nonce_is_the_same_on_all_ranks_and_never_comes_again():
+    def nonces(rank: int, world_size: int) -> list[str]:
+        made = groups.initialize(_layout(1, 1), _last_two)
+        return [made.shared_nonce() for _ in range(3)]
+
+    first, second = run_distributed(nonces, 2)
+    assert first == second
+    assert len(set(first)) == 3
+    assert all(len(bytes.fromhex(nonce)) == 8 for nonce in first)
+
+
+def _join(rank: int, world_size: int, port: int, variables: dict[str, str]) -> list[str]:
+    """Start the groups of a lone process as under an agent that serves its store at a port; return warnings."""
+    dist.destroy_process_group()
+    os.environ.update(variables, MASTER_ADDR="localhost", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
+    said: list[str] = []
+    groups.logger.addFilter(lambda record: said.append(record.getMessage()) is None)
+    made = groups.initialize(ParallelConfig(), lambda pipeline: pipeline)
+    assert made.owns_default_group
+    made.barrier()
+    return said
+
+
+def test_restarted_ranks_do_not_read_what_dead_ones_have_left_in_the_store() -> None:
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    known: set[str] = set()
+    for attempt in range(3):
+        assert run_distributed(_join, 1, store.port, {"TORCHELASTIC_RESTART_COUNT": str(attempt)}) == [[]]
+        keys = set(store.list_keys()) - known
+        known |= keys
+        # As many new ones every time: none is written, and so none looked for, under the name of an earlier one.
+        assert len(known) == (attempt + 1) * len(keys)
+        assert len(keys) > 1
+
+
+@pytest.mark.parametrize(("nodes", "restarts", "warnings"), [("1", "3", 0), ("2", "0", 0), ("2", "3", 1)])
+def test_restarts_on_several_nodes_that_could_not_work_are_warned_of(nodes: str, restarts: str, warnings: int) -> None:
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    variables = {"GROUP_WORLD_SIZE": nodes, "TORCHELASTIC_MAX_RESTARTS": restarts}
+    (said,) = run_distributed(_join, 1, store.port, variables)
+    assert len(said) == warnings
+    for message in said:
+        assert "torchrun --max-restarts 3 on 2 nodes" in message
+        assert "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in message

@@ -6,10 +6,12 @@ and autograd.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,7 +19,7 @@ from torch.nn import functional as F
 from lcl_megatron.config import LossConfig, ParallelConfig
 from lcl_megatron.data.batch import PackedBatch, StepLayout
 from lcl_megatron.model.lcl import LCLOutput
-from lcl_megatron.parallel.agreement import AgreedStep
+from lcl_megatron.parallel.agreement import AgreedStep, Word
 from lcl_megatron.parallel.groups import ProcessGroups, initialize
 from lcl_megatron.training.objective import Objective
 from tests.distributed import run_distributed
@@ -184,3 +186,74 @@ def test_gradients_of_bf16_features_are_rounded_once() -> None:
     assert float(found["direct"][0].abs().max()) > 0
     for direct, by_surrogate in zip(found["direct"], found["by surrogate"], strict=True):
         assert torch.equal(by_surrogate, direct)
+
+
+COUNT = 5
+
+
+def _losses_without_value(rank: int, world_size: int, scope: str, spoilt: str, value: float) -> dict[str, Any]:
+    """Return a micro-batch's parts and gradients, healthy and with a loss whose value alone is spoilt."""
+    groups = initialize(ParallelConfig(), lambda pipeline: pipeline[:1])
+    layout = StepLayout(np.array([[COUNT]]), np.ones(COUNT, dtype=bool), 3, 1, 1)
+    batch = dataclasses.replace(
+        _blank_batch(COUNT),
+        has_context=torch.ones(COUNT, dtype=torch.bool),
+        image_ok=torch.ones(COUNT, dtype=torch.bool),
+    )
+    agreed = AgreedStep(0, layout, (batch,), np.ones(COUNT, dtype=bool), Word())
+    loss = LossConfig(contrastive_loss_weight=0.1, latent_regression_loss_weight=0.5)
+    found: dict[str, Any] = {}
+    for name in ("healthy", spoilt):
+        generator = torch.Generator().manual_seed(0)
+        leaves = [torch.randn(shape, generator=generator) for shape in ((3,), (COUNT, WIDTH), (COUNT, WIDTH), (COUNT,))]
+        token_losses, pooled, context, errors = (leaf.requires_grad_() for leaf in leaves)
+        logit_scale = torch.tensor(2.3).requires_grad_()
+        # Adding a constant changes the value and leaves the gradient.
+        output = LCLOutput(
+            token_losses_K=token_losses + (value if name == "generation" else 0.0),
+            pooled_ND=pooled,
+            context_ND=context,
+            logit_scale=logit_scale,
+            latent_errors_N=errors + (value if name == "regression" else 0.0),
+        )
+        objective = _Spoilt(loss, agreed, groups, value if name == "contrast" else 0.0)
+        if scope == "global":
+            whole = objective.contrast_of_features([output])
+            objective = _Spoilt(loss, agreed, groups, 0.0)
+            objective.contrast = whole
+        total, parts = objective(0, output)
+        total.backward()
+        found[name] = parts, [leaf.grad for leaf in (*leaves, logit_scale)]
+    return found
+
+
+class _Spoilt(Objective):
+    """An objective whose contrast has another value and the same gradient."""
+
+    def __init__(self, loss: LossConfig, agreed: AgreedStep, groups: ProcessGroups, added: float) -> None:
+        super().__init__(loss, agreed, groups)
+        self.added = added
+
+    def _contrast(self, *arguments: Any) -> Any:
+        contrast = super()._contrast(*arguments)
+        return dataclasses.replace(contrast, loss_sum=contrast.loss_sum + self.added)
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "global"])
+@pytest.mark.parametrize("spoilt", ["generation", "contrast", "regression"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_loss_without_value_makes_the_whole_gradient_no_number(scope: str, spoilt: str, value: float) -> None:
+    """Its own gradient is finite, as that of the healthy one is, to which the same constant was not added."""
+    (found,) = run_distributed(_losses_without_value, 1, scope, spoilt, value)
+    parts, gradients = found["healthy"]
+    assert all(torch.isfinite(gradient).all() and gradient.abs().sum() > 0 for gradient in gradients)
+    names = {
+        "generation": "generation_loss",
+        "contrast": "contrastive_loss",
+        "regression": "latent_regression_loss",
+    }
+    for name, field in names.items():
+        assert bool(torch.isfinite(getattr(parts, field)))
+        assert bool(torch.isfinite(getattr(found[spoilt][0], field))) == (name != spoilt)
+    for gradient in found[spoilt][1]:
+        assert bool(torch.isnan(gradient).all())

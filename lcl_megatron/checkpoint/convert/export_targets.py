@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lcl_megatron.checkpoint.convert import clip_vision, opt, timm_vit, whole_model
 from lcl_megatron.checkpoint.convert.tokenizer_json import tokenizer_files
-from lcl_megatron.checkpoint.folders import CheckpointError
+from lcl_megatron.checkpoint.manifest import CheckpointError
 from lcl_megatron.checkpoint.weights import ModelWeights
 from lcl_megatron.config import RunConfig
 from lcl_megatron.data.tokenizer import SpecialTokens, Tokenizer

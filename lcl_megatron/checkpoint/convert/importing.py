@@ -37,7 +37,7 @@ from lcl_megatron.checkpoint.convert.stock_open_clip import load_open_clip
 from lcl_megatron.checkpoint.convert.stock_timm import load_timm
 from lcl_megatron.checkpoint.convert.stock_tower import StockTower
 from lcl_megatron.checkpoint.convert.table import export_tensors, import_tensors
-from lcl_megatron.checkpoint.folders import CheckpointError
+from lcl_megatron.checkpoint.manifest import CheckpointError
 from lcl_megatron.checkpoint.weights import ModelWeights, read_weights, write_weights
 from lcl_megatron.config import RunConfig
 

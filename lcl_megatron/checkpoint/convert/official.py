@@ -30,7 +30,7 @@ from lcl_megatron.checkpoint.convert.table import (
     layer_rules,
     under,
 )
-from lcl_megatron.checkpoint.folders import CheckpointError
+from lcl_megatron.checkpoint.manifest import CheckpointError
 from lcl_megatron.config import LanguageConfig, RunConfig, VisionConfig
 
 _LAYER = LayerNames("ln_1", ("attn.in_proj",), "attn.out_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")

@@ -24,8 +24,9 @@ from torch import Tensor
 from lcl_megatron.checkpoint.convert.official import from_official, to_official
 from lcl_megatron.checkpoint.convert.stock_open_clip import open_clip_tower
 from lcl_megatron.checkpoint.convert.stock_tower import StockTower
-from lcl_megatron.checkpoint.folders import CheckpointError
+from lcl_megatron.checkpoint.manifest import CheckpointError
 from lcl_megatron.checkpoint.parameters import PARTS
+from lcl_megatron.checkpoint.refused_pickles import what_failed
 from lcl_megatron.checkpoint.stock_libraries import stock_library
 from lcl_megatron.checkpoint.weights import ModelWeights
 from lcl_megatron.config import RunConfig
@@ -69,11 +70,12 @@ def read_official_state(path: str | Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} holds other things than tensors, which are not unpickled: {str(error).splitlines()[0]}; "
-            "save its state dict alone: torch.save({'state_dict': model.state_dict()}, FILE)"
+            f"{path} cannot be read: {what_failed(error)}; save its state dict alone: "
+            "torch.save({'state_dict': model.state_dict()}, FILE)"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read as a file of torch.save or safetensors: {error}") from error
+        what = what_failed(error)
+        raise CheckpointError(f"{path} cannot be read as a file of torch.save or safetensors: {what}") from error
     state = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(

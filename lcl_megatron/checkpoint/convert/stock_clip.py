@@ -6,7 +6,8 @@ from torch import Tensor
 
 from lcl_megatron.checkpoint.convert import clip_vision
 from lcl_megatron.checkpoint.convert.stock_tower import StockTower, activation_name, layernorm_epsilon
-from lcl_megatron.checkpoint.folders import CheckpointError
+from lcl_megatron.checkpoint.manifest import CheckpointError
+from lcl_megatron.checkpoint.refused_pickles import what_failed
 from lcl_megatron.checkpoint.stock_libraries import stock_library
 from lcl_megatron.config import RunConfig, VisionConfig
 
@@ -28,7 +29,8 @@ def load_clip(name: str) -> StockTower:
     # What hub, file or name may be wrong raises nearly anything.
     except Exception as error:
         raise CheckpointError(
-            f"{source} cannot be loaded: {error}; give a folder or a hub name of a CLIPModel or CLIPVisionModel"
+            f"{source} cannot be loaded: {what_failed(error)}; give a folder or a hub name of a CLIPModel or "
+            "CLIPVisionModel"
         ) from error
     # Other architectures load too, with random weights where names differ.
     if lacking := sorted(info["missing_keys"]):

@@ -15,7 +15,8 @@ from lcl_megatron.checkpoint.convert.stock_tower import (
     layernorm_epsilon,
     require_fit,
 )
-from lcl_megatron.checkpoint.folders import CheckpointError
+from lcl_megatron.checkpoint.manifest import CheckpointError
+from lcl_megatron.checkpoint.refused_pickles import what_failed
 from lcl_megatron.checkpoint.stock_libraries import stock_library
 from lcl_megatron.config import VisionConfig
 
@@ -44,8 +45,8 @@ def load_open_clip(name: str) -> StockTower:
     # What hub, file or name may be wrong raises nearly anything.
     except Exception as error:
         raise CheckpointError(
-            f"{source} cannot be loaded: {error}; give MODEL/PRETRAINED of open_clip.list_pretrained(), MODEL/FILE, "
-            "hf-hub:ORG/NAME or local-dir:FOLDER"
+            f"{source} cannot be loaded: {what_failed(error)}; give MODEL/PRETRAINED of open_clip.list_pretrained(), "
+            "MODEL/FILE, hf-hub:ORG/NAME or local-dir:FOLDER"
         ) from error
     return open_clip_tower(model.visual, source)
 

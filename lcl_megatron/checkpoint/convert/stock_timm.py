@@ -13,7 +13,8 @@ from lcl_megatron.checkpoint.convert.stock_tower import (
     layernorm_epsilon,
     require_fit,
 )
-from lcl_megatron.checkpoint.folders import CheckpointError
+from lcl_megatron.checkpoint.manifest import CheckpointError
+from lcl_megatron.checkpoint.refused_pickles import what_failed
 from lcl_megatron.checkpoint.stock_libraries import stock_library
 from lcl_megatron.config import RunConfig, VisionConfig
 
@@ -37,7 +38,7 @@ def load_timm(name: str) -> StockTower:
     # What hub, file or name may be wrong raises nearly anything.
     except Exception as error:
         raise CheckpointError(
-            f"timm:{name} cannot be loaded: {error}; give a pretrained model of timm.list_pretrained() or "
+            f"timm:{name} cannot be loaded: {what_failed(error)}; give a pretrained model of timm.list_pretrained() or "
             "timm:local-dir:FOLDER"
         ) from error
     return timm_tower(module, f"timm:{name}")

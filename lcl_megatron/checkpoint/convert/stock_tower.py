@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lcl_megatron.checkpoint.convert.table import Table
-from lcl_megatron.checkpoint.folders import CheckpointError
+from lcl_megatron.checkpoint.manifest import CheckpointError
 from lcl_megatron.config import VisionConfig
 
 

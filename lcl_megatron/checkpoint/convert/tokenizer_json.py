@@ -11,7 +11,7 @@ from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 
-from lcl_megatron.checkpoint.folders import CheckpointError
+from lcl_megatron.checkpoint.manifest import CheckpointError
 from lcl_megatron.data.tokenizer import PIECES, SPACE, Tokenizer
 
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"

@@ -147,7 +147,10 @@ def _load(folder: Path) -> BuiltTable | None:
             path = folder / f"{name}.npy"
             if _checksum(path) != checksum:
                 raise ValueError(f"{path} was changed after it was written")
-            arrays[name] = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if not isinstance(array, np.ndarray):  # of a zip file, np.load returns a dictionary
+                raise ValueError(f"{path} is an archive")
+            arrays[name] = np.asarray(array)
         return BuiltTable(KINDS[info["kind"]].from_arrays(arrays), info["left_out"])
     except FileNotFoundError:
         return None

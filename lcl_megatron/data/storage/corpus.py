@@ -303,9 +303,19 @@ def load_array(path: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     """Return a side array as a read-only memory map.
 
     Raises:
-        CorpusError: If dtype or shape are not those announced.
+        CorpusError: If it is no array, or holds Python objects, which are never unpickled, or if dtype or shape are
+            not those announced.
     """
-    array = np.load(path, mmap_mode="r" if np.prod(shape) else None, allow_pickle=False)
+    try:
+        array: np.ndarray = np.load(path, mmap_mode="r" if np.prod(shape) else None, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        # numpy's own words may advise to unpickle it.
+        is_objects = "pickle" in str(error) or "Python objects" in str(error)
+        what = "holds Python objects, which are not loaded" if is_objects else f"is no array ({error})"
+        raise CorpusError(f"{path} {what}; expected {dtype} {shape}: it is damaged") from error
+    # np.load returns a dictionary of arrays for a zip file.
+    if not isinstance(array, np.ndarray):
+        raise CorpusError(f"{path} is an archive; expected one array, {dtype} {shape}: it is damaged")
     if array.dtype != np.dtype(dtype) or array.shape != shape:
         raise CorpusError(f"{path} holds {array.dtype} {array.shape}; expected {dtype} {shape}: it is damaged")
     return array

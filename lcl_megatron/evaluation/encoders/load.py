@@ -6,10 +6,12 @@ import json
 import re
 import tomllib
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
+from lcl_megatron.checkpoint.refused_pickles import what_failed
 from lcl_megatron.checkpoint.stock_libraries import LibraryError
 from lcl_megatron.evaluation.encoders.encoder import EncoderError, ImageEncoder
 from lcl_megatron.evaluation.encoders.stock import clip_encoder, open_clip_encoder, timm_encoder
@@ -61,7 +63,7 @@ def load_encoder(spec: str, drop_path_rate: float = 0.0, seed: int = 0) -> Image
             return clip_encoder(spec, name, drop_path_rate)
     except (EncoderError, LibraryError, ImportError):
         raise
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError, UnpicklingError) as error:
         # Libraries raise all of these for unknown names, absent files, wrong arguments and missing networks.
         raise _cannot_load(spec, error) from error
     raise EncoderError(f"encoder {spec!r}: unknown kind {kind!r}; expected {FORMS}")
@@ -106,7 +108,7 @@ def _from_folder(spec: str, folder: Path, drop_path_rate: float) -> ImageEncoder
             return clip_encoder(name, str(folder), drop_path_rate)
     except (EncoderError, LibraryError):
         raise
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError, UnpicklingError) as error:
         raise _cannot_load(spec, error) from error
     raise EncoderError(
         f"encoder {spec!r}: {folder / 'config.json'} has model_type {kind!r}; expected timm_wrapper, clip or "
@@ -116,7 +118,7 @@ def _from_folder(spec: str, folder: Path, drop_path_rate: float) -> ImageEncoder
 
 def _cannot_load(spec: str, error: Exception) -> EncoderError:
     return EncoderError(
-        f"encoder {spec!r} cannot be loaded: {type(error).__name__}: {error}; check the name or the files "
+        f"encoder {spec!r} cannot be loaded: {type(error).__name__}: {what_failed(error)}; check the name or the files "
         "(names are fetched from the network, folders are not)"
     )
 

@@ -75,7 +75,9 @@ class FolderTokenizer:
         if not folder.is_dir():
             raise ConfigError(f"there is no tokenizer folder {folder}; give one of transformers, or none for CLIP's")
         try:
-            self._tokenizer: Any = stock_library("transformers").AutoTokenizer.from_pretrained(str(folder))
+            # Said, and not left out: transformers would ask on the terminal whether to run the code of the folder.
+            tokenizers = stock_library("transformers").AutoTokenizer
+            self._tokenizer: Any = tokenizers.from_pretrained(str(folder), trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{folder} holds no tokenizer that transformers reads: {error}") from error
         if self._tokenizer.eos_token_id is None:

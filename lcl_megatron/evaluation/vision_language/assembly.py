@@ -18,6 +18,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from lcl_megatron.checkpoint.refused_pickles import what_failed
 from lcl_megatron.checkpoint.stock_libraries import stock_library
 from lcl_megatron.checkpoint.tensor_files import write_tensors
 from lcl_megatron.evaluation.encoders.encoder import ImageEncoder
@@ -122,13 +124,15 @@ def _load_language_model(source: str, seed: int) -> tuple[Any, Any]:
     stock_library("transformers.utils.logging").disable_progress_bar()
     name = source.removeprefix(RANDOM)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        # Said, and not left out: transformers would ask on the terminal whether to run the code of the folder.
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         if source.startswith(RANDOM):
             torch.manual_seed(seed)
-            model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(name))
+            config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         else:
-            model = transformers.AutoModelForCausalLM.from_pretrained(name)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+            model = transformers.AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError) as error:
         raise AssemblyError(
             f"language model {source!r} cannot be loaded: {type(error).__name__}: {_first_line(error)}; "
             "give a folder with "
@@ -139,7 +143,7 @@ def _load_language_model(source: str, seed: int) -> tuple[Any, Any]:
 
 def _first_line(error: Exception) -> str:
     """Return what libraries say before they go on for pages."""
-    return (str(error).splitlines() or [""])[0]
+    return (what_failed(error).splitlines() or [""])[0]
 
 
 def save_model(assembled: Assembled, folder: Path) -> None:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import runpy
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,7 +25,8 @@ from lcl_megatron.checkpoint.convert.opt import from_opt
 from lcl_megatron.checkpoint.convert.timm_vit import from_timm, to_timm
 from lcl_megatron.checkpoint.convert.whole_model import from_whole_model
 from lcl_megatron.checkpoint.export import export_weights
-from lcl_megatron.checkpoint.folders import CheckpointError, Progress
+from lcl_megatron.checkpoint.folders import Progress
+from lcl_megatron.checkpoint.manifest import CheckpointError
 from lcl_megatron.checkpoint.model_card import figures
 from lcl_megatron.checkpoint.parameters import parameter_shapes
 from lcl_megatron.checkpoint.weights import ModelWeights, check_parameters, read_weights, write_weights
@@ -36,6 +36,7 @@ from lcl_megatron.data.tokenizer import PIECES, Tokenizer
 from tests.checkpoint import runs
 from tests.checkpoint.random_weights import PROGRESS, random_weights, tiny_config
 from tests.checkpoint.runs import CONFIG, Layout
+from tests.distributed import run_distributed
 
 pytest.importorskip("huggingface_hub", reason="writes model cards")
 
@@ -352,13 +353,11 @@ def _save_in_another_layout(rank: int, world_size: int, config: RunConfig, sourc
 
 
 @pytest.mark.parametrize("config", [CONFIG, BF16], ids=["fp32", "bf16"])
-def test_layout_of_the_run_changes_no_bit_of_the_export(
-    config: RunConfig, run_saving: Callable[..., list[Any]], tmp_path: Path
-) -> None:
+def test_layout_of_the_run_changes_no_bit_of_the_export(config: RunConfig, tmp_path: Path) -> None:
     """One process against tensor parallel x pipeline parallel, with both copies of the tied matrix."""
     one, four = tmp_path / "one" / "step-00000002", tmp_path / "four" / "step-00000002"
-    run_saving(_train_and_save, 1, ONE.apply(config), one.parent)
-    run_saving(_save_in_another_layout, 4, TP2_PP2.apply(config), one, four.parent)
+    run_distributed(_train_and_save, 1, ONE.apply(config), one.parent)
+    run_distributed(_save_in_another_layout, 4, TP2_PP2.apply(config), one, four.parent)
     exports = []
     for checkpoint in (one, four):
         (checkpoint / "tokenizer.model").unlink()

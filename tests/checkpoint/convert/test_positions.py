@@ -7,7 +7,7 @@ import torch
 
 from lcl_megatron.checkpoint.convert.importing import only_parts
 from lcl_megatron.checkpoint.convert.positions import for_image_size, resample_positions
-from lcl_megatron.checkpoint.folders import CheckpointError
+from lcl_megatron.checkpoint.manifest import CheckpointError
 from lcl_megatron.config import ConfigError
 from tests.checkpoint.convert import stock_models
 from tests.checkpoint.random_weights import random_weights, tiny_config

@@ -19,7 +19,7 @@ from lcl_megatron.checkpoint.convert.measurement import Measurement, largest_dif
 from lcl_megatron.checkpoint.convert.parity import tower_features
 from lcl_megatron.checkpoint.convert.stock_timm import timm_tower
 from lcl_megatron.checkpoint.convert.stock_tower import layernorm_epsilon
-from lcl_megatron.checkpoint.folders import CheckpointError
+from lcl_megatron.checkpoint.manifest import CheckpointError
 from lcl_megatron.config import RunConfig, VisionConfig
 from tests.checkpoint.convert import stock_models
 from tests.checkpoint.convert.stock_models import SIZE

@@ -11,7 +11,7 @@ import pytest
 import sentencepiece
 
 from lcl_megatron.checkpoint.convert.tokenizer_json import tokenizer_files
-from lcl_megatron.checkpoint.folders import CheckpointError
+from lcl_megatron.checkpoint.manifest import CheckpointError
 from lcl_megatron.data.tokenizer import PIECES, Tokenizer
 
 TEXTS = [

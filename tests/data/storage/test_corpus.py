@@ -22,7 +22,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 
 from lcl_megatron.config.errors import ConfigError
 from lcl_megatron.data.document import ImageKind, ImageSegment, Source
-from lcl_megatron.data.storage.corpus import CONTENT_FILES, Corpus
+from lcl_megatron.data.storage.corpus import CONTENT_FILES, Corpus, load_array
 from lcl_megatron.data.storage.corpus_part import EncodedDocument, StoredImage
 from lcl_megatron.data.storage.corpus_writer import write_corpus
 from lcl_megatron.data.storage.indexed_file import CorpusError
@@ -275,8 +275,17 @@ def test_a_side_array_that_would_run_code_is_not_loaded(corpus: Corpus):
     manifest = json.loads((corpus.path / "manifest.json").read_text(encoding="utf-8"))
     manifest["files"]["image_width.npy"]["bytes"] = (corpus.path / "image_width.npy").stat().st_size
     (corpus.path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    with pytest.raises(ValueError, match="Python objects"):
+    with pytest.raises(CorpusError, match="image_width.npy holds Python objects, which are not loaded; expected int32"):
         Corpus.open(corpus.path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY\x01\x00\x10\x00nonsense"])
+def test_a_side_array_that_is_none_is_refused(corpus: Corpus, content: bytes):
+    path = corpus.path / "image_width.npy"
+    path.unlink()
+    path.write_bytes(content)
+    with pytest.raises(CorpusError, match=r"image_width\.npy is no array \(.*\); expected int32 \(3,\): it is damaged"):
+        load_array(path, "int32", (3,))
 
 
 def _read_in_child(corpus: Corpus, queue) -> None:

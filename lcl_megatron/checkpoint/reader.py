@@ -1,0 +1,217 @@
+"""Tensors out of the files of a checkpoint, by one process: no ranks, no groups, no megatron-core.
+
+Files are JSON and bytes of tensors, so nothing that they hold can be run. What is read is verified first, unless the
+caller has done so: only the files that hold what is asked for, so the vision tower alone is read, and may be copied,
+without the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lcl_megatron.checkpoint.folders import CONFIG_FILE, Progress, complete_checkpoints
+from lcl_megatron.checkpoint.manifest import DamagedCheckpointError, damage_of, raise_damages, read_manifest, verify
+from lcl_megatron.checkpoint.shard_file import INDEX_FILE, Region, Shape, Stored, StoredTensor, read_index
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "state.json"
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Dtypes by safetensors' names."""
+
+
+class CheckpointReader:
+    """Read access to a training checkpoint.
+
+    Args:
+        folder: the checkpoint.
+        is_verified: its files have been compared with its manifest just now.
+
+    Raises:
+        DamagedCheckpointError: it has no valid manifest or index.
+    """
+
+    def __init__(self, folder: Path, is_verified: bool = False) -> None:
+        self.folder = folder
+        self.manifest = read_manifest(folder)
+        self._unverified = set() if is_verified else set(self.manifest.files)
+        self._verify([INDEX_FILE])
+        try:
+            self.tensors: dict[str, StoredTensor] = read_index(folder / INDEX_FILE)
+        except (OSError, ValueError) as error:
+            raise DamagedCheckpointError(str(error)) from error
+        unknown = {
+            piece.file for tensor in self.tensors.values() for piece in tensor.pieces
+        } - self.manifest.files.keys()
+        if unknown:
+            raise DamagedCheckpointError(
+                f"{folder / INDEX_FILE} names {sorted(unknown)[0]!r}, and the manifest does not"
+            )
+
+    def state(self) -> dict[str, Any]:
+        """Return what is saved beside tensors.
+
+        Raises:
+            DamagedCheckpointError: the file is damaged.
+        """
+        self._verify([STATE_FILE, CONFIG_FILE])
+        path = self.folder / STATE_FILE
+        try:
+            state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            Progress(**state["progress"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise DamagedCheckpointError(f"{path} does not hold the progress of a run: {error}") from error
+        return state
+
+    def progress(self) -> Progress:
+        """Return how far the run had come; raises as ``state``."""
+        return Progress(**self.state()["progress"])
+
+    def shapes(self) -> Mapping[str, Shape]:
+        """Return the shape of every tensor."""
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return whole tensors, put together from the pieces that the ranks wrote, in the dtype as saved.
+
+        Raises:
+            DamagedCheckpointError: a tensor is absent, or a file of it is damaged or absent.
+        """
+        names = list(names)
+        self._verify(piece.file for name in names for piece in self._stored(name).pieces)
+        whole = {}
+        for name in names:
+            stored = self._stored(name)
+            whole[name] = self.region(name, Region.whole(stored.shape)).view(stored.shape)
+        return whole
+
+    def region(self, name: str, region: Region) -> Tensor:
+        """Return a part of a tensor.
+
+        Returns:
+            (region.numel,) in the dtype as saved, on the host.
+
+        Raises:
+            DamagedCheckpointError: as ``read``, or the tensor has another shape.
+        """
+        stored = self._stored(name)
+        if stored.shape != region.shape:
+            raise DamagedCheckpointError(
+                f"{self.folder}: {name} has shape {stored.shape} in the checkpoint, expected {region.shape}"
+            )
+        pieces = stored.pieces
+        self._verify(piece.file for piece in pieces if _overlap(piece.region, region))
+        same_box = [piece for piece in pieces if _box(piece.region) == _box(region)]
+        values = torch.empty(region.numel, dtype=DTYPES[stored.dtype])
+        filled = 0
+        for piece in same_box:
+            begin, end = max(piece.region.begin, region.begin), min(piece.region.end, region.end)
+            if begin < end:
+                values[begin - region.begin : end - region.begin] = self._values(stored, piece, begin, end)
+                filled += end - begin
+        if not same_box:
+            values, filled = self._cut(name, region)
+        if filled != region.numel:
+            raise DamagedCheckpointError(f"{self.folder}: {filled} of {region.numel} values of {name} are there")
+        return values
+
+    def _cut(self, name: str, region: Region) -> tuple[Tensor, int]:
+        """Return a region whose box is none of the checkpoint's: it was written in another layout."""
+        stored = self._stored(name)
+        box = torch.empty(region.size, dtype=DTYPES[stored.dtype])
+        filled = 0
+        for other in dict.fromkeys((piece.region.offset, piece.region.size) for piece in stored.pieces):
+            ranges = [
+                (max(a, b), min(a + n, b + m)) for a, n, b, m in zip(region.offset, region.size, *other, strict=True)
+            ]
+            if all(begin < end for begin, end in ranges):
+                source = self._whole_box(name, other)[
+                    tuple(slice(b - o, e - o) for (b, e), o in zip(ranges, other[0], strict=True))
+                ]
+                box[tuple(slice(b - o, e - o) for (b, e), o in zip(ranges, region.offset, strict=True))] = source
+                filled += source.numel()
+        is_complete = filled == math.prod(region.size)
+        return box.flatten()[region.begin : region.end], region.numel if is_complete else 0
+
+    def _whole_box(self, name: str, box: tuple[Shape, Shape]) -> Tensor:
+        stored = self._stored(name)
+        offset, size = box
+        whole = self.region(name, Region.box(stored.shape, offset, size))
+        return whole.view(size)
+
+    def _values(self, stored: StoredTensor, piece: Stored, begin: int, end: int) -> Tensor:
+        """Return elements ``begin`` to ``end`` of a piece's box."""
+        dtype = DTYPES[stored.dtype]
+        position = piece.position + (begin - piece.region.begin) * dtype.itemsize
+        size = (end - begin) * dtype.itemsize
+        path = self.folder / piece.file
+        try:
+            found = np.fromfile(path, dtype=np.uint8, count=size, offset=position)
+        except OSError as error:
+            raise DamagedCheckpointError(f"{path} cannot be read: {error}") from error
+        if len(found) != size:
+            raise DamagedCheckpointError(f"{path} ends before its tensors do: it was cut while in use")
+        return torch.from_numpy(found).view(dtype)
+
+    def _stored(self, name: str) -> StoredTensor:
+        if name not in self.tensors:
+            raise DamagedCheckpointError(f"{self.folder} has no tensor {name}")
+        return self.tensors[name]
+
+    def _verify(self, files: Iterable[str]) -> None:
+        """Compare files with the manifest, each once."""
+        for name in sorted(self._unverified.intersection(files)):
+            raise_damages(self.folder, [damage_of(self.folder, name, self.manifest.files[name])])
+            self._unverified.discard(name)
+
+
+def newest_whole(root: str | Path) -> Path | None:
+    """Return the newest checkpoint under ``root`` whose files are all as they were written; None if there is none.
+
+    Damaged ones are named in warnings.
+
+    Raises:
+        DamagedCheckpointError: there are checkpoints, and all of them are damaged.
+    """
+    damaged: DamagedCheckpointError | None = None
+    for checkpoint in complete_checkpoints(root):
+        try:
+            verify(checkpoint)
+            return checkpoint
+        except DamagedCheckpointError as error:
+            damaged = error
+            logger.warning("%s; trying the one before", error)
+    if damaged is not None:
+        raise DamagedCheckpointError(f"{damaged}; no checkpoint of {root} is whole")
+    return None
+
+
+def _box(region: Region) -> tuple[Shape, Shape]:
+    return region.offset, region.size
+
+
+def _overlap(one: Region, other: Region) -> bool:
+    """Whether two regions may share elements."""
+    if _box(one) == _box(other):
+        return max(one.begin, other.begin) < min(one.end, other.end)
+    return all(
+        max(a, b) < min(a + n, b + m) for a, n, b, m in zip(one.offset, one.size, other.offset, other.size, strict=True)
+    )

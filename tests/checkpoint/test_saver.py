@@ -1,0 +1,293 @@
+"""Writing while training goes on, on two ranks. Oracles: the folder; writer processes killed and stopped on purpose;
+``manifest.verify``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lcl_megatron.checkpoint.lease import LEASE_FILE, Lease, LeaseError
+from lcl_megatron.checkpoint.manifest import verify
+from lcl_megatron.checkpoint.saver import SaveError, Saver
+from lcl_megatron.checkpoint.shard_file import Entry, Region, file_header
+from lcl_megatron.checkpoint.writer_process import FileImage
+from lcl_megatron.config import CheckpointConfig, ParallelConfig
+from lcl_megatron.parallel.groups import ProcessGroups, initialize
+from tests.checkpoint.test_writer_process import image
+from tests.distributed import run_distributed
+
+Body = Callable[[Saver, ProcessGroups, Path], Any]
+Run = Callable[..., list[Any]]
+
+
+def _files(rank: int, step: int) -> list[FileImage]:
+    header = file_header([Entry("a", Region((2, 8), (rank, 0), (1, 8), 0, 8), "U8", 1)])
+    return [image(f"a-{rank}.safetensors", header + bytes([step] * 8)), image(f"text-{rank}", b"t" * rank)]
+
+
+def _rank(rank: int, world_size: int, body: Body, root: Path, here: Path, changes: dict[str, Any]) -> Any:
+    # What is deleted by mistake is at least not the sources.
+    os.chdir(here)
+    groups = initialize(ParallelConfig(), lambda ranks: ranks[:1])
+    lease = Lease(root, "one") if rank == 0 else None
+    groups.barrier()
+    saver = Saver(CheckpointConfig(save=str(root), **changes), groups, "one", lease)
+    try:
+        outcome = body(saver, groups, root)
+        assert (here / "bystander").exists()
+        return outcome
+    finally:
+        saver.close()
+        if lease is not None:
+            lease.close()
+
+
+@pytest.fixture
+def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    here = tmp_path_factory.mktemp("here")
+    (here / "bystander").touch()
+
+    def run(body: Body, root: Path, **changes: Any) -> list[Any]:
+        return run_distributed(_rank, 2, body, root, here, changes)
+
+    return run
+
+
+def _begin(saver: Saver, groups: ProcessGroups, step: int) -> None:
+    saver.begin(step, lambda: _files(groups.rank, step))
+
+
+def _step(saver: Saver, groups: ProcessGroups) -> None:
+    """What the loop does at every step."""
+    saver.advance(*groups.any_rank(*saver.word(0.01)))
+
+
+def _steps(root: Path) -> list[int]:
+    return sorted(int(path.name.split("-")[1]) for path in root.glob("step-*"))
+
+
+def test_a_checkpoint_is_completed_while_steps_go_on(tmp_path: Path, on_two_ranks: Run) -> None:
+    def body(saver: Saver, groups: ProcessGroups, root: Path) -> int:
+        _begin(saver, groups, 5)
+        steps = 0
+        while saver.is_saving:
+            _step(saver, groups)
+            steps += 1
+        assert saver.durable_step == 5
+        return steps
+
+    steps = on_two_ranks(body, tmp_path)
+    # Files, and then the manifest: at least two agreements, the same number on both ranks.
+    assert steps[0] == steps[1] >= 2
+    manifest = verify(tmp_path / "step-00000005")
+    assert set(manifest.files) == {"a-0.safetensors", "a-1.safetensors", "text-0", "text-1", "index.json"}
+    assert (manifest.step, manifest.attempt) == (5, "one")
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
+
+
+def test_beginning_the_next_one_waits_for_the_one_before(tmp_path: Path, on_two_ranks: Run) -> None:
+    def body(saver: Saver, groups: ProcessGroups, root: Path) -> list[int | None]:
+        durable = []
+        for step in (1, 2, 2, 3):
+            _begin(saver, groups, step)
+            durable.append(saver.durable_step)
+        saver.finish()
+        return [*durable, saver.durable_step]
+
+    # Step 2 is there when it is asked for again: nothing is written in place.
+    assert on_two_ranks(body, tmp_path) == [[None, 1, 2, 2, 3]] * 2
+    for step in (1, 2, 3):
+        verify(tmp_path / f"step-{step:08d}")
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("policy", ["continue", "stop"])
+def test_a_killed_writer_costs_one_checkpoint_on_all_ranks(
+    victim: int, policy: str, tmp_path: Path, on_two_ranks: Run
+) -> None:
+    def body(saver: Saver, groups: ProcessGroups, root: Path) -> str:
+        _begin(saver, groups, 1)
+        saver.finish()
+        if groups.rank == victim:
+            os.kill(saver.writer.pid or 0, signal.SIGSTOP)
+        _begin(saver, groups, 2)
+        for _ in range(3):
+            _step(saver, groups)
+        assert saver.is_saving
+        if groups.rank == victim:
+            os.kill(saver.writer.pid or 0, signal.SIGKILL)
+        if policy == "stop":
+            with pytest.raises(SaveError) as failure:
+                saver.finish()
+            return str(failure.value)
+        saver.finish()
+        assert saver.failures == 1
+        with pytest.raises(SaveError, match=r"last 1 checkpoints could not .* that this run completed: step 1"):
+            saver.require_success()
+        _begin(saver, groups, 3)
+        saver.finish()
+        saver.require_success()
+        return ""
+
+    messages = on_two_ranks(body, tmp_path, on_save_error=policy)
+    if policy == "stop":
+        for message in messages:
+            assert f"the checkpoint of step 2 could not be written to {tmp_path}: rank {victim} (dp{victim}" in message
+            assert "died (exit status -9). The one before is whole" in message
+    steps = [1] if policy == "stop" else [1, 3]
+    assert _steps(tmp_path) == steps
+    for step in steps:
+        verify(tmp_path / f"step-{step:08d}")
+    assert not list(tmp_path.glob(".staging*"))
+
+
+def test_a_writer_that_hangs_is_given_up(tmp_path: Path, on_two_ranks: Run) -> None:
+    def body(saver: Saver, groups: ProcessGroups, root: Path) -> None:
+        _begin(saver, groups, 1)
+        saver.finish()
+        if groups.rank == 1:
+            os.kill(saver.writer.pid or 0, signal.SIGSTOP)
+        _begin(saver, groups, 2)
+        with pytest.raises(SaveError, match=r"rank 1 .*not written within checkpoint.save_timeout_minutes = 0.01"):
+            saver.finish()
+
+    on_two_ranks(body, tmp_path, on_save_error="stop", save_timeout_minutes=0.01)
+    assert len(_steps(tmp_path)) <= 1
+
+
+def test_a_folder_that_vanishes_during_a_save_is_an_error_and_then_made_again(
+    tmp_path: Path, on_two_ranks: Run
+) -> None:
+    root = tmp_path / "root"
+
+    def body(saver: Saver, groups: ProcessGroups, root: Path) -> list[int]:
+        _begin(saver, groups, 1)
+        saver.finish()
+        os.kill(saver.writer.pid or 0, signal.SIGSTOP)
+        _begin(saver, groups, 2)
+        if groups.rank == 0:
+            root.rename(root.with_name("away"))
+        groups.barrier()
+        os.kill(saver.writer.pid or 0, signal.SIGCONT)
+        saver.finish()
+        failures = saver.failures
+        _begin(saver, groups, 3)
+        saver.finish()
+        return [failures, saver.failures]
+
+    assert on_two_ranks(body, root) == [[1, 0]] * 2
+    assert _steps(root) == [3]
+    assert _steps(tmp_path / "away") == [1]
+    verify(root / "step-00000003")
+
+
+def test_a_file_in_the_way_is_an_error_on_all_ranks_and_costs_nothing_else(tmp_path: Path, on_two_ranks: Run) -> None:
+    def body(saver: Saver, groups: ProcessGroups, root: Path) -> None:
+        if groups.rank == 0:
+            (root / LEASE_FILE).unlink()
+            root.rmdir()
+            root.write_text("")
+        groups.barrier()
+        with pytest.raises(SaveError, match=r"step 1 could not be written to .*root: rank 0 .*(File exists|Not a dir)"):
+            _begin(saver, groups, 1)
+
+    on_two_ranks(body, tmp_path / "root", on_save_error="stop")
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [({"keep_last": 2}, [5, 6]), ({"keep_last": 2, "keep_every": 3}, [3, 5, 6]), ({}, [1, 2, 3, 4, 5, 6])],
+)
+def test_old_checkpoints_are_deleted_as_asked(
+    changes: dict[str, Any], kept: list[int], tmp_path: Path, on_two_ranks: Run
+) -> None:
+    def body(saver: Saver, groups: ProcessGroups, root: Path) -> None:
+        for step in range(1, 7):
+            _begin(saver, groups, step)
+        saver.finish()
+
+    (tmp_path / "notes.txt").write_text("mine")
+    on_two_ranks(body, tmp_path, **changes)
+    assert _steps(tmp_path) == kept
+    assert (tmp_path / "notes.txt").exists()
+    assert not list(tmp_path.glob(".pruned*"))
+
+
+def test_a_run_that_has_lost_its_lease_publishes_nothing(tmp_path: Path, on_two_ranks: Run) -> None:
+    def body(saver: Saver, groups: ProcessGroups, root: Path) -> str:
+        _begin(saver, groups, 1)
+        saver.finish()
+        os.kill(saver.writer.pid or 0, signal.SIGSTOP)
+        _begin(saver, groups, 2)
+        if groups.rank == 0:
+            # Another run, on another machine, has waited long enough.
+            other = root / f"{LEASE_FILE}-other"
+            other.write_text((root / LEASE_FILE).read_text().replace('"attempt": "one"', '"attempt": "two"'))
+            other.rename(root / LEASE_FILE)
+        groups.barrier()
+        os.kill(saver.writer.pid or 0, signal.SIGCONT)
+        with pytest.raises(SaveError) as failure:
+            saver.finish()
+        return str(failure.value)
+
+    messages = on_two_ranks(body, tmp_path, on_save_error="stop")
+    assert all(".lease belongs to another run by now: two runs write into one folder" in m for m in messages)
+    assert _steps(tmp_path) == [1]
+
+
+def test_a_run_whose_folder_was_taken_over_ends(tmp_path: Path, on_two_ranks: Run) -> None:
+    def body(saver: Saver, groups: ProcessGroups, root: Path) -> None:
+        groups.barrier()
+        if groups.rank == 0:
+            (root / LEASE_FILE).unlink()
+            other = Lease(root, "two", beat_s=0.05)
+        with pytest.raises(LeaseError, match=f"{root} is being written by another run"):
+            _begin(saver, groups, 1)
+        if groups.rank == 0:
+            other.close()
+
+    on_two_ranks(body, tmp_path)
+
+
+def test_a_piece_that_no_rank_wrote_is_an_error(tmp_path: Path, on_two_ranks: Run) -> None:
+    def body(saver: Saver, groups: ProcessGroups, root: Path) -> str:
+        saver.begin(1, lambda: _files(0, 1) if groups.rank == 0 else [])
+        with pytest.raises(SaveError) as failure:
+            saver.finish()
+        return str(failure.value)
+
+    for message in on_two_ranks(body, tmp_path, on_save_error="stop"):
+        assert "a has 16 elements, and the files hold 8 of it" in message
+    assert _steps(tmp_path) == []
+
+
+def test_continuing_says_what_failed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    groups = initialize(ParallelConfig(), lambda ranks: ranks[:1])
+    try:
+        (tmp_path / "file").write_text("")
+        saver = Saver(CheckpointConfig(save=str(tmp_path / "file" / "root")), groups, "one", None)
+        with caplog.at_level(logging.ERROR):
+            _begin(saver, groups, 1)
+        assert saver.failures == 1
+        assert "the checkpoint of step 1 could not be written to" in caplog.text
+        assert "training goes on, the next attempt is at the next interval" in caplog.text
+        saver.close()
+    finally:
+        groups.destroy()
+
+
+def test_configuration_of_checkpoints_is_checked() -> None:
+    with pytest.raises(ValueError, match=r"checkpoint.save_timeout_minutes = 0; it must be positive"):
+        dataclasses.replace(CheckpointConfig(), save_timeout_minutes=0)
+    with pytest.raises(ValueError, match=r"checkpoint.keep_last = -1; it must not be negative"):
+        dataclasses.replace(CheckpointConfig(), keep_last=-1)
+    with pytest.raises(ValueError, match=r"checkpoint.keep_last = 1; .* would lose the run"):
+        dataclasses.replace(CheckpointConfig(), keep_last=1)
