@@ -173,19 +173,7 @@ def _build(
     trainable = native.Trainable(engine, optimizer, build_scheduler(config, optimizer), guard)
     progress = resume(config, plan, trainable, checkpoint)
     if groups.rank == 0:
-        logger.info(
-            "world size %d: tensor %d x pipeline %d%s x context %d x data %d; %.2f M parameters on this rank; "
-            "step %d of %d",
-            groups.world_size,
-            groups.tp_size,
-            groups.pp_size,
-            f" ({len(engine.chunks)} stages on each rank)" if len(engine.chunks) > 1 else "",
-            groups.cp_size,
-            groups.dp_size,
-            sum(map(count_parameters, engine.models)) / 1e6,
-            progress.step,
-            config.training.train_iters,
-        )
+        _log_layout(engine, progress.step)
     stop.begin()
     return Run(
         config=config,
@@ -213,6 +201,24 @@ def _build(
         attempt=attempt,
         saver=Saver(config.checkpoint, groups, attempt, lease) if config.checkpoint.save else None,
         ledger=open_ledger(config, groups, progress, plan.fingerprint, attempt),
+    )
+
+
+def _log_layout(engine: engines.Engine, step: int) -> None:
+    """Say how the model is spread, and at which step the run stands."""
+    groups = engine.groups
+    logger.info(
+        "world size %d: tensor %d x pipeline %d%s x context %d x data %d; %.2f M parameters on this rank; "
+        "step %d of %d",
+        groups.world_size,
+        groups.tp_size,
+        groups.pp_size,
+        f" ({len(engine.chunks)} stages on each rank)" if len(engine.chunks) > 1 else "",
+        groups.cp_size,
+        groups.dp_size,
+        sum(map(count_parameters, engine.models)) / 1e6,
+        step,
+        engine.config.training.train_iters,
     )
 
 

@@ -94,7 +94,7 @@ def test_a_rank_that_sleeps_is_named_by_all_and_shows_where(
     assert f"rank 1 (dp1 pp0 tp0) hangs: step {STEP}, data, for " in sleeping
     for report in (waiting, sleeping):
         assert named in report
-        assert report.count(" hangs: ") == 1, "once per hang"
+        assert report.count(f" hangs: step {STEP}, ") == 1, "once per hang"
         assert "goes on again, after " in report
     assert "in sleep_until_all_have_spoken" in sleeping
     assert "in agree" in waiting
