@@ -299,10 +299,12 @@ class GuardConfig:
     """Steps between comparisons of the weights' hashes over data-parallel ranks, which must be equal: a difference is
     silent data corruption and ends the run, naming the rank; 0 = never."""
     hang_minutes: float = 5.0
-    """When a rank gets no further for so long, ranks write the stacks of their threads, and which ranks are behind;
-    0 = never. A collective ends after ``parallel.distributed_timeout_minutes``, and with it the run."""
+    """When a rank gets no further for so long, it writes which ranks are behind, and the stacks of its threads to
+    ``hangs/rank-NNNNN.txt`` in the log folder; 0 = nothing is watched, as under a debugger. A collective ends after
+    ``parallel.distributed_timeout_minutes``, and with it the run; what hangs elsewhere for a tenth longer ends too."""
     straggler_ratio: float = 1.5
-    """At each report, name ranks whose own work takes so many times the median over all ranks; 0 = never."""
+    """At each report, name ranks whose own work (waiting for data, forward passes) takes so many times that of the
+    median rank of their pipeline stage; 0 = never."""
     ledger_dir: str = ""
     """Folder for the ledger: each data-parallel rank records which rows it trained on at every step, and
     ``tools/check_ledger.py`` proves that none was lost or repeated; empty = none is kept."""

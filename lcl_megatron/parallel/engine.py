@@ -27,6 +27,7 @@ from lcl_megatron.parallel.context import ContextParallelRows
 from lcl_megatron.parallel.groups import ProcessGroups, initialize
 from lcl_megatron.parallel.pipeline import PipelineStage, PlannedP2PCommunicator, embedding_ranks, sum_tied_gradients
 from lcl_megatron.parallel.sequence import TensorParallelSequence
+from lcl_megatron.parallel.work_clock import WorkClock
 
 LossFunction = Callable[[Any], tuple[Tensor, Any]]
 """Takes what the last stage's forward step returned; returns the loss to differentiate and what to report."""
@@ -54,6 +55,8 @@ class Engine:
     """Where the stages live."""
     rows: RowEdge
     """How positions and images of a micro-batch are shared over cp."""
+    work: WorkClock
+    """Counts the time of the forward passes."""
 
     @property
     def models(self) -> tuple[LCLModel, ...]:
@@ -121,7 +124,7 @@ class Engine:
 
         def forward_step(batches: Any, chunk: DistributedDataParallel) -> tuple[Any, Callable[[Any], Any]]:
             index, micro_batch = next(batches)
-            output = chunk(self._on_device(micro_batch, chunk), step)
+            output = self._forward(chunk, micro_batch, step)
             return output, partial(self._loss_and_report, partial(loss_function, index))
 
         return self._schedule(forward_step, micro_batches, forward_only, whole_gradients)
@@ -139,7 +142,7 @@ class Engine:
 
         def forward_step(batches: Any, chunk: DistributedDataParallel) -> tuple[Any, Callable[[Any], Any]]:
             _, micro_batch = next(batches)
-            output = chunk(self._on_device(micro_batch, chunk), step, features_only=True)
+            output = self._forward(chunk, micro_batch, step, features_only=True)
             return output, partial(self._loss_and_report, self._nothing_to_differentiate)
 
         with torch.no_grad():
@@ -168,7 +171,7 @@ class Engine:
             What the loss function reported for each micro-batch.
         """
         (chunk,) = self.chunks
-        outputs = [chunk(self._on_device(micro_batch, chunk), step) for micro_batch in micro_batches]
+        outputs = [self._forward(chunk, micro_batch, step) for micro_batch in micro_batches]
         loss_function = make_loss_function(outputs)
 
         def forward_step(batches: Any, _: DistributedDataParallel) -> tuple[Any, Callable[[Any], Any]]:
@@ -214,6 +217,11 @@ class Engine:
         yield
         for chunk in self.chunks if overlapped else ():
             chunk.enable_forward_pre_hook()
+
+    def _forward(self, chunk: DistributedDataParallel, batch: PackedBatch, step: int, **options: bool) -> Any:
+        """Run a stage on this rank's part of a micro-batch."""
+        with self.work.running():
+            return chunk(self._on_device(batch, chunk), step, **options)
 
     def _on_device(self, micro_batch: PackedBatch, chunk: DistributedDataParallel) -> PackedBatch:
         """Return this rank's part of what a stage reads of a micro-batch; later stages need no copy of its pixels."""
@@ -266,7 +274,7 @@ def build_engine(config: RunConfig, groups: ProcessGroups) -> Engine:
         chunks.append(chunk.train())
     no_sync = [chunk.no_sync for chunk in chunks]
     schedule.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
-    return Engine(config, groups, tuple(chunks), groups.device, rows)
+    return Engine(config, groups, tuple(chunks), groups.device, rows, WorkClock(groups.device))
 
 
 def _schedule_config(config: RunConfig, runtime: Runtime) -> TransformerConfig:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,6 +25,21 @@ def sum_over_data_parallel(values: Tensor, groups: ProcessGroups, is_last_stage:
     values = values.detach().cpu().double() if counts else torch.zeros(values.shape, dtype=torch.float64)
     dist.all_reduce(values, group=groups.host)
     return values.tolist()
+
+
+def gather_over_ranks(values: Sequence[float], groups: ProcessGroups) -> list[list[float]]:
+    """Return every rank's values, in the order of ranks, on every rank.
+
+    Args:
+        values: as many on every rank.
+        groups: process groups.
+
+    Parallel: one all-gather over all ranks, on the host.
+    """
+    own = torch.tensor(values, dtype=torch.float64)
+    gathered = torch.empty(groups.world_size * len(values), dtype=torch.float64)
+    dist.all_gather_into_tensor(gathered, own, group=groups.host)
+    return gathered.view(groups.world_size, len(values)).tolist()
 
 
 def sum_over_context_parallel(share: Tensor, groups: ProcessGroups) -> Tensor:

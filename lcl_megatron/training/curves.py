@@ -82,6 +82,8 @@ PANELS = (
     Panel("Images", "per second", (("perf/images_per_s", ""),), from_zero=True),
     Panel("Tokens", "per second", (("perf/tokens_per_s", ""),), from_zero=True),
     Panel("Step time", "ms", (("perf/step_ms", "step"), ("perf/data_wait_ms", "waiting for data")), from_zero=True),
+    Panel("Own work of a rank", "ms per step",
+          (("perf/slowest_rank_ms", "slowest rank"), ("perf/median_rank_ms", "median rank")), from_zero=True),
     Panel("Model FLOPs utilization", "% of peak", (("perf/model_flops_utilization", ""),), scale=100,
           from_zero=True),
     Panel("Row fill", "% of positions", (("data/fill", ""),), scale=100),

@@ -35,6 +35,7 @@ def train(run: Run) -> Ending:
     _finish_saving(run)
     ending = ending_of(run, was_asked)
     run.stop.leave(ending.status)
+    run.watchdog.mark("report")
     _draw_curves(run)
     conclude(run, ending)
     return ending
@@ -46,6 +47,7 @@ def _train(run: Run) -> bool:
     meter = Meter(run)
     watch = BadImageWatch(config.data.max_bad_image_rate)
     was_asked = False
+    run.watchdog.mark("data", run.progress.step + 1)
     waiting_since = time.perf_counter()
     for batch in run.loader:
         data_wait_s = time.perf_counter() - waiting_since
@@ -68,6 +70,7 @@ def _train(run: Run) -> bool:
         was_asked = result.agreed.word.stop
         stop = was_asked or (config.logging.exit_interval and step % config.logging.exit_interval == 0)
         if step % config.logging.log_interval == 0 or last or stop:
+            run.watchdog.mark("report")
             run.logger.log(step, meter.report(watch.total))
         # While steps are skipped the weights may be why, finite but too large: no moment to replace a good checkpoint.
         if (step % config.checkpoint.save_interval == 0 and not result.skip) or last or stop:
@@ -75,6 +78,7 @@ def _train(run: Run) -> bool:
         run.logger.progress(step)
         if stop:
             break
+        run.watchdog.mark("data", step + 1)
         waiting_since = time.perf_counter()
     return was_asked
 
@@ -111,6 +115,7 @@ def save_checkpoint(run: Run) -> None:
     """
     if run.saver is None:
         return
+    run.watchdog.mark("save")
     tokenizer = run.plan.sequence.sources[0].corpus.tokenizer.model
     with run.engine.whole_parameters():
         run.saver.begin(run.progress.step, lambda: native.images(run.trainable, run.progress, tokenizer))
@@ -125,5 +130,6 @@ def _finish_saving(run: Run) -> None:
         SaveError: it could not be written.
     """
     if run.saver is not None:
+        run.watchdog.mark("save")
         run.saver.finish()
         run.saver.require_success()

@@ -15,6 +15,7 @@ from lcl_megatron.data.batch import StepBatch
 from lcl_megatron.losses.monitors import alignment, background_similarity, effective_rank, feature_std
 from lcl_megatron.parallel.report import sum_over_data_parallel
 from lcl_megatron.training.flops import device_peak_flops, layout_flops, model_flops_utilization
+from lcl_megatron.training.stragglers import RankWork, report_work
 
 if TYPE_CHECKING:
     from lcl_megatron.parallel.contrastive import ContrastiveOutput, Repeats
@@ -62,6 +63,7 @@ class Meter:
         self.sums = torch.zeros(_SUMS, device=self.run.engine.device)
         self.result: StepResult | None = None
         """The last step that was taken."""
+        self.run.engine.work.take()
 
     def add(self, result: StepResult, batch: StepBatch, data_wait_s: float) -> None:
         """Add a step.
@@ -113,6 +115,8 @@ class Meter:
             "data/fill": self.tokens / self._positions(),
             "guard/skipped_steps": run.guard.skipped_steps,
         }
+        work = RankWork(metrics["perf/data_wait_ms"], 1000 * run.engine.work.take() / self.steps)
+        metrics |= report_work(work, run.engine.groups, run.config.guard.straggler_ratio, metrics["perf/step_ms"])
         utilization = model_flops_utilization(self.flops, seconds, run.engine.groups.world_size, self.peak_flops)
         if utilization is not None:
             metrics["perf/model_flops_utilization"] = utilization

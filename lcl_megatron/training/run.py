@@ -15,6 +15,7 @@ from lcl_megatron.training.guard import Guard
 from lcl_megatron.training.ledger import Ledger
 from lcl_megatron.training.metrics_logger import MetricsLogger
 from lcl_megatron.training.stop import StopSignal
+from lcl_megatron.training.watchdog import Watchdog
 
 
 @dataclass
@@ -35,6 +36,8 @@ class Run:
     """Decides which steps are taken."""
     stop: StopSignal
     """Whether this rank was asked to stop."""
+    watchdog: Watchdog
+    """Is told what the loop does, and speaks up when that takes too long."""
     progress: Progress
     """How far the run has come."""
     attempt: str

@@ -31,6 +31,7 @@ from lcl_megatron.training.optimizer import build_optimizer, build_scheduler
 from lcl_megatron.training.resume import checkpoint_to_resume, resume
 from lcl_megatron.training.run import Run
 from lcl_megatron.training.stop import StopSignal
+from lcl_megatron.training.watchdog import Watchdog, watch
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ def run_from(config: RunConfig, stop: StopSignal | None = None) -> Iterator[Run]
 
     Raises:
         ConfigError, CorpusError, CheckpointError: the run cannot work as configured; rank 0's message says why.
+        CollectiveError: another rank is late or gone.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     stop = stop or StopSignal()
@@ -59,10 +61,13 @@ def run_from(config: RunConfig, stop: StopSignal | None = None) -> Iterator[Run]
         groups.require_agreement("the configuration", to_toml(config))
         groups.require_agreement("the data", plan.fingerprint)
         attempt = groups.shared_nonce()
-        with stop, _lease(config, groups, attempt) as lease:
-            run = _build(config, plan, groups, stop, attempt, lease)
+        with watch(config, groups) as watchdog, stop, _lease(config, groups, attempt) as lease:
+            run = _build(config, plan, groups, stop, attempt, lease, watchdog)
             try:
-                yield run
+                # Before SIGTERM is given back: a launcher sends it as soon as one rank dies, and the others' message
+                # takes some seconds.
+                with watchdog.explained():
+                    yield run
             finally:
                 run.logger.close()
                 if run.saver is not None:
@@ -144,8 +149,15 @@ def _lease(config: RunConfig, groups: ProcessGroups, attempt: str) -> Iterator[L
 
 
 def _build(
-    config: RunConfig, plan: Plan, groups: ProcessGroups, stop: StopSignal, attempt: str, lease: Lease | None
+    config: RunConfig,
+    plan: Plan,
+    groups: ProcessGroups,
+    stop: StopSignal,
+    attempt: str,
+    lease: Lease | None,
+    watchdog: Watchdog,
 ) -> Run:
+    watchdog.mark("load")
     if groups.rank == 0:
         stop.watch(config.checkpoint.save)
         logger.info("configuration\n%s", describe(config))
@@ -161,19 +173,7 @@ def _build(
     trainable = native.Trainable(engine, optimizer, build_scheduler(config, optimizer), guard)
     progress = resume(config, plan, trainable, checkpoint)
     if groups.rank == 0:
-        logger.info(
-            "world size %d: tensor %d x pipeline %d%s x context %d x data %d; %.2f M parameters on this rank; "
-            "step %d of %d",
-            groups.world_size,
-            groups.tp_size,
-            groups.pp_size,
-            f" ({len(engine.chunks)} stages on each rank)" if len(engine.chunks) > 1 else "",
-            groups.cp_size,
-            groups.dp_size,
-            sum(map(count_parameters, engine.models)) / 1e6,
-            progress.step,
-            config.training.train_iters,
-        )
+        _log_layout(engine, progress.step)
     stop.begin()
     return Run(
         config=config,
@@ -196,10 +196,29 @@ def _build(
         ),
         guard=guard,
         stop=stop,
+        watchdog=watchdog,
         progress=progress,
         attempt=attempt,
         saver=Saver(config.checkpoint, groups, attempt, lease) if config.checkpoint.save else None,
         ledger=open_ledger(config, groups, progress, plan.fingerprint, attempt),
+    )
+
+
+def _log_layout(engine: engines.Engine, step: int) -> None:
+    """Say how the model is spread, and at which step the run stands."""
+    groups = engine.groups
+    logger.info(
+        "world size %d: tensor %d x pipeline %d%s x context %d x data %d; %.2f M parameters on this rank; "
+        "step %d of %d",
+        groups.world_size,
+        groups.tp_size,
+        groups.pp_size,
+        f" ({len(engine.chunks)} stages on each rank)" if len(engine.chunks) > 1 else "",
+        groups.cp_size,
+        groups.dp_size,
+        sum(map(count_parameters, engine.models)) / 1e6,
+        step,
+        engine.config.training.train_iters,
     )
 
 

@@ -44,10 +44,13 @@ def train_step(run: Run, batch: StepBatch) -> StepResult:
         NonFiniteError: too many steps in a row were skipped, or the weights are the reason; on all ranks alike.
     """
     engine, optimizer = run.engine, run.trainable.optimizer
+    run.watchdog.mark("agree")
     agreed = agree(batch, engine.groups, run.word())
+    run.watchdog.mark("forward_backward")
     engine.zero_gradients()
     optimizer.zero_grad()
     losses = losses_and_gradients(engine, agreed)
+    run.watchdog.mark("optimizer")
     # The rate of step k is lr * (k + 1) / warm-up: no step is spent at rate 0.
     run.trainable.scheduler.step(1)
     optimizer.prepare_grads()

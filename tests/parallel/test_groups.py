@@ -56,6 +56,7 @@ def test_groups_when_layout_varies_follow_the_rank_numbering(tp, cp, dp, pp):
         return {
             "place": place,
             "host": int(ranks),
+            "places": [made.describe(other) for other in range(world_size)],
             **{
                 name: _members(getattr(made.collection, name))
                 for name in ("tp", "pp", "cp", "dp", "dp_cp", "mp", "embd", "pos_embd")
@@ -65,7 +66,9 @@ def test_groups_when_layout_varies_follow_the_rank_numbering(tp, cp, dp, pp):
     def number(p: int, d: int, c: int, t: int) -> int:
         return ((p * dp + d) * cp + c) * tp + t
 
-    for rank, got in enumerate(run_distributed(members, tp * cp * pp * dp)):
+    results = run_distributed(members, tp * cp * pp * dp)
+    for rank, got in enumerate(results):
+        assert got.pop("places") == [other["place"][0] for other in results]
         t, c, d, p = rank % tp, rank // tp % cp, rank // (tp * cp) % dp, rank // (tp * cp * dp)
         pipeline = [number(stage, d, c, t) for stage in range(pp)]
         embedding = pipeline[-2:]

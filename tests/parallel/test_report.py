@@ -7,7 +7,7 @@ import torch
 
 from lcl_megatron.config import ParallelConfig
 from lcl_megatron.parallel.groups import initialize
-from lcl_megatron.parallel.report import sum_over_context_parallel, sum_over_data_parallel
+from lcl_megatron.parallel.report import gather_over_ranks, sum_over_context_parallel, sum_over_data_parallel
 from tests.distributed import run_distributed
 
 
@@ -36,6 +36,13 @@ def test_sums_are_taken_in_double_precision() -> None:
         return sum_over_data_parallel(torch.tensor([2.0**24 if rank == 0 else 1.0]), groups, True)
 
     assert run_distributed(report, 2) == [[2.0**24 + 1]] * 2
+
+
+def test_every_rank_gets_the_values_of_all_in_the_order_of_ranks() -> None:
+    def gather(rank: int, world_size: int) -> list[list[float]]:
+        return gather_over_ranks([rank + 0.1, 2.0**53 - rank], initialize(ParallelConfig(), lambda ranks: ranks[:1]))
+
+    assert run_distributed(gather, 3) == [[[rank + 0.1, 2.0**53 - rank] for rank in range(3)]] * 3
 
 
 def test_shares_of_context_parallel_ranks_are_added_and_the_share_stays() -> None:

@@ -49,6 +49,8 @@ REPORTED = {
     "perf/tokens_per_s",
     "perf/step_ms",
     "perf/data_wait_ms",
+    "perf/slowest_rank_ms",
+    "perf/median_rank_ms",
     "perf/tflops_per_device",
     "data/bad_images",
     "data/consumed_rows",
