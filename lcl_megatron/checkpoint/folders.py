@@ -32,6 +32,18 @@ def step_folder(root: str | Path, step: int) -> Path:
     return Path(root) / f"step-{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """Return the step that the name of a checkpoint's folder says: the inverse of ``step_folder``.
+
+    Raises:
+        CheckpointError: the folder has another name.
+    """
+    named = STEP_FOLDER.fullmatch(checkpoint.name)
+    if named is None:
+        raise CheckpointError(f"{checkpoint} is not called step-NNNNNNNN; give it the name that its run gave it")
+    return int(named[1])
+
+
 def complete_checkpoints(root: str | Path) -> list[Path]:
     """Return the checkpoints under ``root`` by their names, newest first, or ``root`` itself if it is one.
 
@@ -44,7 +56,7 @@ def complete_checkpoints(root: str | Path) -> list[Path]:
     if (root / CONFIG_FILE).is_file() or STEP_FOLDER.fullmatch(root.resolve().name):
         return [root]
     complete = [folder for folder in root.iterdir() if STEP_FOLDER.fullmatch(folder.name) and folder.is_dir()]
-    return sorted(complete, key=lambda folder: int(folder.name.split("-")[1]), reverse=True)
+    return sorted(complete, key=step_of, reverse=True)
 
 
 def find_latest(root: str | Path) -> Path | None:

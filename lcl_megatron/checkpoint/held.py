@@ -12,8 +12,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTe
 from torch import Tensor
 
 from lcl_megatron.checkpoint.reader import DTYPES, CheckpointReader
-from lcl_megatron.checkpoint.shard_file import Entry, Region, file_header
-from lcl_megatron.checkpoint.writer_process import FileImage
+from lcl_megatron.checkpoint.shard_file import NewPiece, Region, file_header
+from lcl_megatron.checkpoint.writer_process import NewFile
 
 OPTIMIZER_PREFIX = "optimizer.state."
 """Optimizer state of a parameter is called ``optimizer.state.KIND.PARAMETER``."""
@@ -73,7 +73,7 @@ def fill(held: Iterable[Held], reader: CheckpointReader) -> None:
             one.tensor.copy_(reader.region(one.name, one.region).view(one.tensor.shape))
 
 
-def images_of(held: Iterable[Held], rank: int) -> list[FileImage]:
+def files_of(held: Iterable[Held], rank: int) -> list[NewFile]:
     """Return the files that a rank writes: ``PART-KIND-RANK.safetensors``.
 
     ``PART`` is a part of the model (vision, pool, language, logit_scale). ``KIND`` is ``weights``, with the float32
@@ -82,11 +82,11 @@ def images_of(held: Iterable[Held], rank: int) -> list[FileImage]:
     files: dict[str, list[Held]] = defaultdict(list)
     for one in held:
         if one.is_written and one.region.numel:
-            files[f"{_file_of(one.name)}-{rank:05d}.safetensors"].append(one)
-    return [_image_of(name, pieces) for name, pieces in files.items()]
+            files[f"{_file_stem(one.name)}-{rank:05d}.safetensors"].append(one)
+    return [_new_file(name, pieces) for name, pieces in files.items()]
 
 
-def _file_of(name: str) -> str:
+def _file_stem(name: str) -> str:
     kind, parameter = "weights", name
     if name.startswith(OPTIMIZER_PREFIX):
         of, _, parameter = name.removeprefix(OPTIMIZER_PREFIX).partition(".")
@@ -94,11 +94,11 @@ def _file_of(name: str) -> str:
     return f"{parameter.split('.')[0]}-{kind}"
 
 
-def _image_of(name: str, pieces: Sequence[Held]) -> FileImage:
+def _new_file(name: str, pieces: Sequence[Held]) -> NewFile:
     # Wide elements first: nothing is then read or written across the alignment of its type.
     pieces = sorted(pieces, key=lambda one: -one.tensor.element_size())
     header = file_header(
-        [Entry(one.name, one.region, _NAMES[one.tensor.dtype], one.tensor.element_size()) for one in pieces]
+        [NewPiece(one.name, one.region, _NAMES[one.tensor.dtype], one.tensor.element_size()) for one in pieces]
     )
 
     def fill_in(memory: memoryview) -> None:
@@ -109,4 +109,4 @@ def _image_of(name: str, pieces: Sequence[Held]) -> FileImage:
             place.copy_(one.tensor.reshape(-1))
             position += one.region.numel * one.tensor.element_size()
 
-    return FileImage(name, len(header) + sum(one.region.numel * one.tensor.element_size() for one in pieces), fill_in)
+    return NewFile(name, len(header) + sum(one.region.numel * one.tensor.element_size() for one in pieces), fill_in)

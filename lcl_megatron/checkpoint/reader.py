@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from lcl_megatron.checkpoint import manifest as manifests
 from lcl_megatron.checkpoint.folders import CONFIG_FILE, Progress, complete_checkpoints
 from lcl_megatron.checkpoint.manifest import DamagedCheckpointError, damage_of, raise_damages, read_manifest
-from lcl_megatron.checkpoint.shard_file import INDEX_FILE, Region, Shape, Stored, StoredTensor, read_index
+from lcl_megatron.checkpoint.shard_file import INDEX_FILE, Region, Shape, StoredPiece, StoredTensor, read_index
 
 logger = logging.getLogger(__name__)
 
@@ -85,10 +85,6 @@ class CheckpointReader:
     def progress(self) -> Progress:
         """Return how far the run had come; raises as ``state``."""
         return Progress(**self.state()["progress"])
-
-    def shapes(self) -> Mapping[str, Shape]:
-        """Return the shape of every tensor."""
-        return {name: tensor.shape for name, tensor in self.tensors.items()}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return whole tensors, put together from the pieces that the ranks wrote, in the dtype as saved.
@@ -158,7 +154,7 @@ class CheckpointReader:
         whole = self.region(name, Region.box(stored.shape, offset, size))
         return whole.view(size)
 
-    def _values(self, stored: StoredTensor, piece: Stored, begin: int, end: int) -> Tensor:
+    def _values(self, stored: StoredTensor, piece: StoredPiece, begin: int, end: int) -> Tensor:
         """Return elements ``begin`` to ``end`` of a piece's box."""
         dtype = DTYPES[stored.dtype]
         position = piece.position + (begin - piece.region.begin) * dtype.itemsize

@@ -19,7 +19,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from lcl_megatron.checkpoint.folders import step_folder
 from lcl_megatron.checkpoint.lease import Lease, LeaseError
 from lcl_megatron.checkpoint.manifest import CheckpointError
 from lcl_megatron.checkpoint.shard_writer import PRUNED_PREFIX, STAGING_PREFIX
-from lcl_megatron.checkpoint.writer_process import FileImage, WriteError, WriterProcess
+from lcl_megatron.checkpoint.writer_process import NewFile, WriteError, WriterProcess
 from lcl_megatron.config import CheckpointConfig
 from lcl_megatron.parallel.groups import ProcessGroups
 
@@ -57,7 +57,6 @@ class _Pending:
     """What this rank's writer process has answered to its present task."""
     error: str = ""
     """Why this rank could not do its part."""
-    files: dict[str, Any] = field(default_factory=dict)
 
 
 class Saver:
@@ -88,14 +87,14 @@ class Saver:
         """Whether a checkpoint is being written."""
         return self._pending is not None
 
-    def begin(self, step: int, make_images: Callable[[], Sequence[FileImage]]) -> None:
+    def begin(self, step: int, make_files: Callable[[], Sequence[NewFile]]) -> None:
         """Begin to write a checkpoint; returns when this rank's part is copied.
 
         Nothing happens if this step has been saved before: a checkpoint is never written in place.
 
         Args:
             step: optimizer steps done.
-            make_images: this rank's files; called only if they are needed.
+            make_files: this rank's files; called only if they are needed.
 
         Raises:
             LeaseError: another run has taken over the folder.
@@ -114,7 +113,7 @@ class Saver:
             return
         pending.staging = Path(said["staging"])
         try:
-            self.writer.submit(pending.staging, make_images())
+            self.writer.submit(pending.staging, make_files())
         except WriteError as error:
             pending.error = str(error)
         pending.stall_s = time.monotonic() - began
@@ -131,7 +130,7 @@ class Saver:
         if pending.answer is None and not pending.error:
             try:
                 pending.answer = self.writer.answer(wait_s)
-                if pending.answer is None and self.writer.seconds > 60 * self._config.save_timeout_minutes:
+                if pending.answer is None and self.writer.busy_s > 60 * self._config.save_timeout_minutes:
                     self.writer.kill()
                     raise WriteError(
                         f"it was not written within checkpoint.save_timeout_minutes = "

@@ -30,10 +30,12 @@ from lcl_megatron.checkpoint.manifest import (
 )
 from lcl_megatron.checkpoint.shard_file import INDEX_FILE, index_of, index_text
 
-PIECES_SUFFIX = ".safetensors"
-_ATTEMPTS_TO_SEE, _SECONDS_BETWEEN = 25, 0.2
-PRUNED_PREFIX = ".pruned-"
 STAGING_PREFIX = ".staging-"
+"""Begin of the name of a folder that is being written."""
+PRUNED_PREFIX = ".pruned-"
+"""Begin of the name of a folder that is being deleted."""
+PIECES_SUFFIX = ".safetensors"
+_LOOKS, _SECONDS_BETWEEN_LOOKS = 25, 0.2
 
 
 def main() -> None:
@@ -143,9 +145,9 @@ def prune(root: Path, keep_last: int, keep_every: int) -> list[str]:
 
 def _wait_until_seen(path: Path, size: int) -> None:
     """Wait until a file that another node has written is seen here; network file systems take a moment."""
-    for attempt in range(_ATTEMPTS_TO_SEE):
-        if attempt:
-            time.sleep(_SECONDS_BETWEEN)
+    for look in range(_LOOKS):
+        if look:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
         try:
             if path.stat().st_size == size:
                 return

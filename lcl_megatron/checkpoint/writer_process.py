@@ -26,7 +26,7 @@ class WriteError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class FileImage:
+class NewFile:
     """A file that is to be written."""
 
     name: str
@@ -34,7 +34,7 @@ class FileImage:
     size: int
     """Its bytes."""
     fill: Callable[[memoryview], None]
-    """Puts them into memory."""
+    """Puts them into ``size`` bytes of memory."""
 
 
 class WriterProcess:
@@ -44,7 +44,6 @@ class WriterProcess:
     """
 
     def __init__(self) -> None:
-        """Allocate nothing yet."""
         self._shared = _anonymous_file()
         self._memory: mmap.mmap | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -57,31 +56,31 @@ class WriterProcess:
         return self._process.pid if self._process is not None else None
 
     @property
-    def seconds(self) -> float:
-        """How long ago the last request was made, on a clock that never jumps."""
+    def busy_s(self) -> float:
+        """Seconds since the last request was made, on a clock that never jumps."""
         return time.monotonic() - self._began
 
-    def submit(self, folder: Path, images: Sequence[FileImage]) -> None:
+    def submit(self, folder: Path, files: Sequence[NewFile]) -> None:
         """Copy files into the shared memory and have them written; returns when they are copied.
 
         Args:
             folder: where they go; must exist.
-            images: the files.
+            files: what they hold.
 
         Raises:
             WriteError: there is no memory for them, or no process can be started.
         """
         places, end = [], 0
-        for image in images:
+        for file in files:
             begin = -(-end // _ALIGNMENT) * _ALIGNMENT
-            end = begin + image.size
-            places.append((image.name, begin, end))
+            end = begin + file.size
+            places.append((file.name, begin, end))
         try:
             memory = self._memory_of(end)
             with memoryview(memory) as whole:
-                for image, (_, begin, stop) in zip(images, places, strict=True):
+                for file, (_, begin, stop) in zip(files, places, strict=True):
                     with whole[begin:stop] as part:
-                        image.fill(part)
+                        file.fill(part)
         except (OSError, MemoryError, ValueError) as error:
             raise WriteError(f"no memory for {end / 1e9:.3f} GB of a checkpoint: {error}") from error
         self._request({"write": {"folder": str(folder), "files": places}})
@@ -90,11 +89,11 @@ class WriterProcess:
         """Have a checkpoint completed; the arguments are those of ``shard_writer.complete``."""
         self._request({"complete": request})
 
-    def answer(self, timeout: float | None = 0.0) -> dict[str, Any] | None:
+    def answer(self, wait_s: float = 0.0) -> dict[str, Any] | None:
         """Return the answer to the request, None if there is none yet.
 
         Args:
-            timeout: seconds to wait for it; None = as long as it takes.
+            wait_s: wait so long for it.
 
         Raises:
             WriteError: the work failed or the process died; the message says what happened to which file.
@@ -102,13 +101,12 @@ class WriterProcess:
         process = self._process
         if process is None or process.stdout is None:
             raise WriteError("the writer process is gone")
-        end = None if timeout is None else time.monotonic() + timeout
+        end = time.monotonic() + wait_s
         while b"\n" not in self._received:
-            left = None if end is None else max(0.0, end - time.monotonic())
             # Not ``select``: it refuses descriptors above 1023, and a rank may have that many.
             poll = select.poll()
             poll.register(process.stdout, select.POLLIN)
-            if not poll.poll(None if left is None else 1000 * left):
+            if not poll.poll(1000 * max(0.0, end - time.monotonic())):
                 return None
             received = os.read(process.stdout.fileno(), 1 << 16)
             if not received:

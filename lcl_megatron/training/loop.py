@@ -118,7 +118,7 @@ def save_checkpoint(run: Run) -> None:
     run.watchdog.mark("save")
     tokenizer = run.plan.sequence.sources[0].corpus.tokenizer.model
     with run.engine.whole_parameters():
-        run.saver.begin(run.progress.step, lambda: native.images(run.trainable, run.progress, tokenizer))
+        run.saver.begin(run.progress.step, lambda: native.files(run.trainable, run.progress, tokenizer))
     if not run.config.checkpoint.async_save:
         run.saver.finish()
 

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from lcl_megatron.checkpoint import native
+from lcl_megatron.checkpoint.folders import complete_checkpoints, step_of
 from lcl_megatron.config import ParallelConfig, RunConfig
 from lcl_megatron.data.loader import StepLoader
 from lcl_megatron.parallel import engine as engines
@@ -143,20 +144,14 @@ def _checkpoint(save: Path, step: int, is_skipped: bool) -> Path:
     """Return the newest checkpoint whose weights the step met, or earlier ones."""
     # A step that was skipped left its weights as they were.
     last = step if is_skipped else step - 1
-    steps = _saved_steps(save)
-    early = [number for number in steps if number <= last]
+    found = {step_of(checkpoint): checkpoint for checkpoint in reversed(complete_checkpoints(save))}
+    early = [number for number in found if number <= last]
     if not early:
         raise native.CheckpointError(
-            f"{save} holds no checkpoint of a step before {step} (steps found: {steps or 'none'}); give the --save "
-            "folder of the run, and a later --step"
+            f"{save} holds no checkpoint of a step before {step} (steps found: {list(found) or 'none'}); give the "
+            "--save folder of the run, and a later --step"
         )
-    return native.step_folder(save, early[-1])
-
-
-def _saved_steps(save: Path) -> list[int]:
-    """Return the steps of the complete checkpoints in a folder, ascending."""
-    names = [path.parent.name.removeprefix("step-") for path in save.glob(f"step-*/{native.CONFIG_FILE}")]
-    return sorted(int(name) for name in names if name.isdecimal())
+    return found[early[-1]]
 
 
 def replay(found: ReplayedStep) -> Iterator[ReplayedRow]:

@@ -40,8 +40,6 @@ class Run:
     """Is told what the loop does, and speaks up when that takes too long."""
     progress: Progress
     """How far the run has come."""
-    attempt: str
-    """Name of this start of the run, the same on all ranks."""
     saver: Saver | None
     """Writes checkpoints; None = the run has no place for them."""
     ledger: Ledger | None = None

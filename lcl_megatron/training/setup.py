@@ -198,7 +198,6 @@ def _build(
         stop=stop,
         watchdog=watchdog,
         progress=progress,
-        attempt=attempt,
         saver=Saver(config.checkpoint, groups, attempt, lease) if config.checkpoint.save else None,
         ledger=open_ledger(config, groups, progress, plan.fingerprint, attempt),
     )

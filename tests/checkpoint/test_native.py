@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from lcl_megatron.checkpoint import native
+from lcl_megatron.checkpoint.folders import find_latest, step_of
 from lcl_megatron.checkpoint.manifest import read_manifest
 from lcl_megatron.checkpoint.native import CheckpointError, Progress
 from lcl_megatron.checkpoint.reader import CheckpointReader
@@ -55,17 +56,23 @@ def test_checkpoint_holds_configuration_and_tokenizer_and_nothing_is_left_beside
 
 
 def test_latest_is_the_highest_complete_step(tmp_path: Path) -> None:
-    assert native.find_latest(tmp_path / "absent") is None
-    assert native.find_latest(tmp_path) is None
+    assert find_latest(tmp_path / "absent") is None
+    assert find_latest(tmp_path) is None
     for name in ("step-00000009", "step-00000010", "step-100000000", ".staging-step-200000000", "step-x", "step-12"):
         (tmp_path / name).mkdir()
     (tmp_path / "step-300000000").write_text("a file, not a folder")
-    assert native.find_latest(tmp_path) == tmp_path / "step-100000000"
+    assert find_latest(tmp_path) == tmp_path / "step-100000000"
 
 
 def test_latest_of_a_checkpoint_is_itself(saved: Path) -> None:
-    assert native.find_latest(saved) == saved / "step-00000002"
-    assert native.find_latest(str(saved / "step-00000001")) == saved / "step-00000001"
+    assert find_latest(saved) == saved / "step-00000002"
+    assert find_latest(str(saved / "step-00000001")) == saved / "step-00000001"
+
+
+def test_step_of_is_the_inverse_of_step_folder() -> None:
+    assert step_of(native.step_folder("runs", 123_456_789)) == 123_456_789
+    with pytest.raises(CheckpointError, match=r"runs/best is not called step-NNNNNNNN"):
+        step_of(Path("runs/best"))
 
 
 def _save_over_leftovers(rank: int, world_size: int, root: Path) -> tuple[dict[str, bytes], dict[str, bytes]]:
@@ -77,7 +84,7 @@ def _save_over_leftovers(rank: int, world_size: int, root: Path) -> tuple[dict[s
     (staging,) = root.iterdir()
     assert staging.name.startswith(".staging-step-00000007-")
     (staging / "vision-weights-00009.safetensors").write_bytes(b"of an earlier layout")
-    assert native.find_latest(root) is None
+    assert find_latest(root) is None
     remove_remains(root)
     assert list(root.iterdir()) == []
     native.save(root, trainable, progress, b"")

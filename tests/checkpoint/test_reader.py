@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from lcl_megatron.checkpoint.manifest import DamagedCheckpointError, write_file
 from lcl_megatron.checkpoint.reader import CheckpointReader
-from lcl_megatron.checkpoint.shard_file import Entry, Region, Shape, file_header, index_of, read_index, read_pieces
+from lcl_megatron.checkpoint.shard_file import NewPiece, Region, Shape, file_header, index_of, read_index, read_pieces
 from lcl_megatron.checkpoint.shard_writer import complete
 
 
@@ -50,7 +50,7 @@ def write_checkpoint(folder: Path, tensors: dict[str, tuple[np.ndarray, list[Reg
     written = {}
     for number in range(files):
         mine = [
-            (Entry(name, region, "F32", 4), _values(whole, region))
+            (NewPiece(name, region, "F32", 4), _values(whole, region))
             for name, (whole, regions) in tensors.items()
             for region in regions[number::files]
         ]
@@ -110,7 +110,7 @@ def test_files_that_contradict_each_other_are_no_checkpoint(tmp_path: Path) -> N
     paths = []
     for number, shape in enumerate([(4,), (5,)]):
         paths.append(tmp_path / f"{number}.safetensors")
-        paths[-1].write_bytes(file_header([Entry("a", Region.whole(shape), "F32", 4)]) + bytes(4 * math.prod(shape)))
+        paths[-1].write_bytes(file_header([NewPiece("a", Region.whole(shape), "F32", 4)]) + bytes(4 * math.prod(shape)))
     with pytest.raises(ValueError, match=r"1.safetensors: a is F32 \(5,\) here and F32 \(4,\) elsewhere"):
         index_of(paths)
 
@@ -140,7 +140,7 @@ def test_index_of_something_else_is_named(content: str, tmp_path: Path) -> None:
 def test_dtypes_keep_their_bits(tmp_path: Path) -> None:
     """bfloat16 has no numpy dtype: its bytes go through as they are."""
     values = torch.randn(5).bfloat16()
-    content = file_header([Entry("a", Region.whole((5,)), "BF16", 2)]) + values.view(torch.uint8).numpy().tobytes()
+    content = file_header([NewPiece("a", Region.whole((5,)), "BF16", 2)]) + values.view(torch.uint8).numpy().tobytes()
     staging = tmp_path / "staging"
     staging.mkdir()
     entry = write_file(staging / "x.safetensors", content)

@@ -17,8 +17,8 @@ import pytest
 from lcl_megatron.checkpoint.lease import LEASE_FILE, Lease, LeaseError
 from lcl_megatron.checkpoint.manifest import verify
 from lcl_megatron.checkpoint.saver import SaveError, Saver
-from lcl_megatron.checkpoint.shard_file import Entry, Region, file_header
-from lcl_megatron.checkpoint.writer_process import FileImage
+from lcl_megatron.checkpoint.shard_file import NewPiece, Region, file_header
+from lcl_megatron.checkpoint.writer_process import NewFile
 from lcl_megatron.config import CheckpointConfig, ParallelConfig
 from lcl_megatron.parallel.groups import ProcessGroups, initialize
 from tests.checkpoint.test_writer_process import image
@@ -28,8 +28,8 @@ Body = Callable[[Saver, ProcessGroups, Path], Any]
 Run = Callable[..., list[Any]]
 
 
-def _files(rank: int, step: int) -> list[FileImage]:
-    header = file_header([Entry("a", Region((2, 8), (rank, 0), (1, 8), 0, 8), "U8", 1)])
+def _files(rank: int, step: int) -> list[NewFile]:
+    header = file_header([NewPiece("a", Region((2, 8), (rank, 0), (1, 8), 0, 8), "U8", 1)])
     return [image(f"a-{rank}.safetensors", header + bytes([step] * 8)), image(f"text-{rank}", b"t" * rank)]
 
 

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from lcl_megatron.checkpoint import native
+from lcl_megatron.checkpoint.folders import find_latest
 from lcl_megatron.config import ConfigError, RunConfig
 from lcl_megatron.config.image import BLANK_PIXEL
 from lcl_megatron.data.batch import StepBatch
@@ -176,7 +177,7 @@ def test_too_many_bad_images_end_the_run_with_a_checkpoint(tmp_path: Path) -> No
     num_bad, num_seen = int(words[0]), int(words[4])
     assert num_seen >= 1000
     assert num_bad / num_seen == pytest.approx(0.5, abs=0.02)
-    latest = native.find_latest(tmp_path / "checkpoints")
+    latest = find_latest(tmp_path / "checkpoints")
     assert latest is not None
     assert latest.name == f"step-{run.progress.step:08d}"
     assert run.progress.step == -(-1000 // 24)
