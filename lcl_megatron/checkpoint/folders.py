@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lcl_megatron.checkpoint.manifest import STEP_FOLDER, CheckpointError, DamagedCheckpointError, flush_to_disk
+from lcl_megatron.checkpoint.manifest import STEP_FOLDER, CheckpointError, DamagedCheckpointError
 from lcl_megatron.config import RunConfig
 from lcl_megatron.config.toml import from_toml
 
@@ -82,16 +82,3 @@ def read_config(checkpoint: Path) -> RunConfig:
         return from_toml(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError as error:
         raise DamagedCheckpointError(f"{path} is no text: {error}") from error
-
-
-def commit_folder(staging: Path, final: Path) -> None:
-    """Give a finished folder its name: when it has it, everything in it is on disk, whatever happens next.
-
-    Args:
-        staging: the folder, beside its final place; files in subfolders are flushed too.
-        final: its new name; must not exist.
-    """
-    for path in [*staging.rglob("*"), staging]:
-        flush_to_disk(path)
-    staging.rename(final)
-    flush_to_disk(final.parent)

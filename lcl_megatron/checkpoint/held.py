@@ -11,14 +11,11 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from torch import Tensor
 
+from lcl_megatron.checkpoint.parameters import VALUE, split_name
 from lcl_megatron.checkpoint.reader import DTYPES, CheckpointReader
 from lcl_megatron.checkpoint.shard_file import NewPiece, Region, file_header
 from lcl_megatron.checkpoint.writer_process import NewFile
 
-OPTIMIZER_PREFIX = "optimizer.state."
-"""Optimizer state of a parameter is called ``optimizer.state.KIND.PARAMETER``."""
-VALUE = "param"
-"""Kind of the float32 value."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -87,11 +84,8 @@ def files_of(held: Iterable[Held], rank: int) -> list[NewFile]:
 
 
 def _file_stem(name: str) -> str:
-    kind, parameter = "weights", name
-    if name.startswith(OPTIMIZER_PREFIX):
-        of, _, parameter = name.removeprefix(OPTIMIZER_PREFIX).partition(".")
-        kind = "weights" if of == VALUE else "moments"
-    return f"{parameter.split('.')[0]}-{kind}"
+    kind, parameter = split_name(name)
+    return f"{parameter.split('.')[0]}-{'weights' if kind in ('', VALUE) else 'moments'}"
 
 
 def _new_file(name: str, pieces: Sequence[Held]) -> NewFile:

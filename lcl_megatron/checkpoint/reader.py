@@ -10,20 +10,25 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from operator import add
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lcl_megatron.checkpoint import manifest as manifests
 from lcl_megatron.checkpoint.folders import CONFIG_FILE, Progress, complete_checkpoints
 from lcl_megatron.checkpoint.manifest import DamagedCheckpointError, damage_of, raise_damages, read_manifest
+from lcl_megatron.checkpoint.manifest import verify as verify_files
 from lcl_megatron.checkpoint.shard_file import INDEX_FILE, Region, Shape, StoredPiece, StoredTensor, read_index
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Box = tuple[Shape, Shape]
+"""First corner and extent of a box of a tensor."""
 
 STATE_FILE = "state.json"
 DTYPES: dict[str, torch.dtype] = {
@@ -135,20 +140,16 @@ class CheckpointReader:
         stored = self._stored(name)
         box = torch.empty(region.size, dtype=DTYPES[stored.dtype])
         filled = 0
-        for other in dict.fromkeys((piece.region.offset, piece.region.size) for piece in stored.pieces):
-            ranges = [
-                (max(a, b), min(a + n, b + m)) for a, n, b, m in zip(region.offset, region.size, *other, strict=True)
-            ]
-            if all(begin < end for begin, end in ranges):
-                source = self._whole_box(name, other)[
-                    tuple(slice(b - o, e - o) for (b, e), o in zip(ranges, other[0], strict=True))
-                ]
-                box[tuple(slice(b - o, e - o) for (b, e), o in zip(ranges, region.offset, strict=True))] = source
+        for other in dict.fromkeys(_box(piece.region) for piece in stored.pieces):
+            shared = _intersection(_box(region), other)
+            if shared is not None:
+                source = self._whole_box(name, other)[_slices(shared, other[0])]
+                box[_slices(shared, region.offset)] = source
                 filled += source.numel()
         is_complete = filled == math.prod(region.size)
         return box.flatten()[region.begin : region.end], region.numel if is_complete else 0
 
-    def _whole_box(self, name: str, box: tuple[Shape, Shape]) -> Tensor:
+    def _whole_box(self, name: str, box: Box) -> Tensor:
         stored = self._stored(name)
         offset, size = box
         whole = self.region(name, Region.box(stored.shape, offset, size))
@@ -180,10 +181,14 @@ class CheckpointReader:
             self._unverified.discard(name)
 
 
-def newest_whole(root: str | Path) -> Path | None:
-    """Return the newest checkpoint under ``root`` whose files are all as they were written; None if there is none.
+def from_newest(root: str | Path, read: Callable[[Path], T]) -> T | None:
+    """Return what ``read`` makes of the newest checkpoint under ``root`` that it finds whole; None if there is none.
 
     Damaged ones are named in warnings.
+
+    Args:
+        root: a checkpoint, or a folder that holds some.
+        read: takes a checkpoint's folder; raises DamagedCheckpointError if what it needs is damaged.
 
     Raises:
         DamagedCheckpointError: there are checkpoints, and all of them are damaged.
@@ -191,17 +196,28 @@ def newest_whole(root: str | Path) -> Path | None:
     damaged: DamagedCheckpointError | None = None
     for checkpoint in complete_checkpoints(root):
         try:
-            manifests.verify(checkpoint)
-            return checkpoint
+            return read(checkpoint)
         except DamagedCheckpointError as error:
             damaged = error
-            logger.warning("%s; trying the one before", error)
+            logger.warning("%s; the one before is tried", error)
     if damaged is not None:
-        raise DamagedCheckpointError(f"{damaged}; no checkpoint of {root} is whole")
+        raise DamagedCheckpointError(
+            f"{damaged}; no checkpoint of {root} is whole: copy it again, or take another"
+        ) from damaged
     return None
 
 
-def _box(region: Region) -> tuple[Shape, Shape]:
+def newest_whole(root: str | Path) -> Path | None:
+    """Return the newest checkpoint under ``root`` whose files are all as they were written; as ``from_newest``."""
+
+    def verified(checkpoint: Path) -> Path:
+        verify_files(checkpoint)
+        return checkpoint
+
+    return from_newest(root, verified)
+
+
+def _box(region: Region) -> Box:
     return region.offset, region.size
 
 
@@ -209,6 +225,18 @@ def _overlap(one: Region, other: Region) -> bool:
     """Whether two regions may share elements."""
     if _box(one) == _box(other):
         return max(one.begin, other.begin) < min(one.end, other.end)
-    return all(
-        max(a, b) < min(a + n, b + m) for a, n, b, m in zip(one.offset, one.size, other.offset, other.size, strict=True)
-    )
+    return _intersection(_box(one), _box(other)) is not None
+
+
+def _intersection(one: Box, other: Box) -> list[tuple[int, int]] | None:
+    """Return begin and end, on each axis, of what two boxes share; None = nothing."""
+    (offset, size), (other_offset, other_size) = one, other
+    begins = map(max, offset, other_offset)
+    ends = map(min, map(add, offset, size), map(add, other_offset, other_size))
+    shared = list(zip(begins, ends, strict=True))
+    return shared if all(begin < end for begin, end in shared) else None
+
+
+def _slices(ranges: Iterable[tuple[int, int]], offset: Shape) -> tuple[slice, ...]:
+    """Return ranges of a tensor as slices of a box of it that begins at ``offset``."""
+    return tuple(slice(begin - first, end - first) for (begin, end), first in zip(ranges, offset, strict=True))

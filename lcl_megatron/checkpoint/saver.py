@@ -118,7 +118,7 @@ class Saver:
             pending.error = str(error)
         pending.stall_s = time.monotonic() - began
 
-    def word(self, wait_s: float = 0.0) -> tuple[bool, bool]:
+    def poll(self, wait_s: float = 0.0) -> tuple[bool, bool]:
         """Return whether this rank is still writing, and whether it failed; for the step's agreement.
 
         Args:
@@ -177,7 +177,7 @@ class Saver:
             SaveError: it failed, and ``checkpoint.on_save_error`` is ``stop``.
         """
         while self._pending is not None:
-            writing, failed = self._groups.any_rank(*self.word(_WAIT_S))
+            writing, failed = self._groups.any_rank(*self.poll(_WAIT_S))
             self.advance(writing, failed)
 
     def require_success(self) -> None:

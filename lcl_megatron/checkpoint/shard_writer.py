@@ -9,7 +9,6 @@ Requests and answers are lines of JSON on standard input and output. Started by 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import mmap
 import os
@@ -20,15 +19,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lcl_megatron.checkpoint.durable_files import flush_to_disk
 from lcl_megatron.checkpoint.manifest import (
     MANIFEST_FILE,
     STEP_FOLDER,
     FileEntry,
     Manifest,
-    flush_to_disk,
     write_file,
 )
 from lcl_megatron.checkpoint.shard_file import INDEX_FILE, index_of, index_text
+from lcl_megatron.parallel.parent_process import die_with_parent
 
 STAGING_PREFIX = ".staging-"
 """Begin of the name of a folder that is being written."""
@@ -40,7 +40,7 @@ _LOOKS, _SECONDS_BETWEEN_LOOKS = 25, 0.2
 
 def main() -> None:
     """Answer requests until standard input ends."""
-    _die_with_parent(int(sys.argv[2]))
+    die_with_parent(int(sys.argv[2]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Signals to the whole process group are for the rank: it finishes its checkpoint, for which it needs this process.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -163,13 +163,6 @@ def _require_lease(path: str, device: int, inode: int) -> None:
     found = os.stat(path)
     if (found.st_dev, found.st_ino) != (device, inode):
         raise OSError(f"{path} belongs to another run by now: two runs write into one folder")
-
-
-def _die_with_parent(parent: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        sys.exit(1)  # it died before this process could ask to be told
 
 
 if __name__ == "__main__":

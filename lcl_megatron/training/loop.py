@@ -55,7 +55,7 @@ def _train(run: Run) -> bool:
         if run.ledger is not None:  # before any checkpoint of this step, so that none holds rows that are not recorded
             run.ledger.record(batch, skipped=result.skip is not None)
         if run.saver is not None:
-            run.saver.advance(result.agreed.word.writing, result.agreed.word.write_failed)
+            run.saver.advance(result.agreed.flags.writing, result.agreed.flags.write_failed)
         run.progress = native.Progress(
             step=batch.step + 1,
             consumed_rows=run.progress.consumed_rows + config.training.global_batch_size,
@@ -67,7 +67,7 @@ def _train(run: Run) -> bool:
         meter.add(result, batch, data_wait_s)
 
         step, last = run.progress.step, run.progress.step == config.training.train_iters
-        was_asked = result.agreed.word.stop
+        was_asked = result.agreed.flags.stop
         stop = was_asked or (config.logging.exit_interval and step % config.logging.exit_interval == 0)
         if step % config.logging.log_interval == 0 or last or stop:
             run.watchdog.mark("report")

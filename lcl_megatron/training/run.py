@@ -9,7 +9,7 @@ from lcl_megatron.checkpoint.saver import Saver
 from lcl_megatron.config import RunConfig
 from lcl_megatron.data.loader import StepLoader
 from lcl_megatron.data.planning.plan import Plan
-from lcl_megatron.parallel.agreement import Word
+from lcl_megatron.parallel.agreement import StepFlags
 from lcl_megatron.parallel.engine import Engine
 from lcl_megatron.training.guard import Guard
 from lcl_megatron.training.ledger import Ledger
@@ -50,7 +50,7 @@ class Run:
         """This rank's part of the model."""
         return self.trainable.engine
 
-    def word(self) -> Word:
-        """Return what this rank has to say to all others at the next step."""
-        writing, failed = self.saver.word() if self.saver is not None else (False, False)
-        return Word(stop=self.stop.requested, writing=writing, write_failed=failed)
+    def flags(self) -> StepFlags:
+        """Return what this rank tells all others at the next step."""
+        writing, failed = self.saver.poll() if self.saver is not None else (False, False)
+        return StepFlags(stop=self.stop.requested, writing=writing, write_failed=failed)

@@ -159,7 +159,7 @@ def _build(
 ) -> Run:
     watchdog.mark("load")
     if groups.rank == 0:
-        stop.watch(config.checkpoint.save)
+        stop.watch_stop_file(config.checkpoint.save)
         logger.info("configuration\n%s", describe(config))
         _log_data(plan)
     checkpoint = checkpoint_to_resume(config.checkpoint, groups)

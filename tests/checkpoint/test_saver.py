@@ -67,7 +67,7 @@ def _begin(saver: Saver, groups: ProcessGroups, step: int) -> None:
 
 def _step(saver: Saver, groups: ProcessGroups) -> None:
     """What the loop does at every step."""
-    saver.advance(*groups.any_rank(*saver.word(0.01)))
+    saver.advance(*groups.any_rank(*saver.poll(0.01)))
 
 
 def _steps(root: Path) -> list[int]:
