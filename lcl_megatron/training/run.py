@@ -50,6 +50,14 @@ class Run:
         """This rank's part of the model."""
         return self.trainable.engine
 
+    def close(self) -> None:
+        """Close its files and end the processes beside it; a checkpoint that is not complete is lost."""
+        self.logger.close()
+        if self.saver is not None:
+            self.saver.close()
+        if self.ledger is not None:
+            self.ledger.close()
+
     def flags(self) -> StepFlags:
         """Return what this rank tells all others at the next step."""
         writing, failed = self.saver.poll() if self.saver is not None else (False, False)

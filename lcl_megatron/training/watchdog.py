@@ -61,7 +61,7 @@ class HangLimits:
 
     @classmethod
     def of(cls, config: RunConfig) -> HangLimits:
-        """Return the limits of a run: a tenth more than a collective's, which ends first if there is one."""
+        """Return the limits of a run; a process ends a tenth, at most a minute, after a collective would have."""
         collective = 60 * config.parallel.distributed_timeout_minutes
         exit_s = collective + min(60.0, 0.1 * collective)
         return cls(60 * config.guard.hang_minutes, exit_s, exit_s + 60 * config.checkpoint.save_timeout_minutes)

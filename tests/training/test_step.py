@@ -180,7 +180,7 @@ def test_a_request_to_stop_travels_with_the_step(corpus: Path) -> None:
     with run_from(small_config(corpus)) as run:
         batches = iter(run.loader)
         assert not train_step(run, next(batches)).agreed.flags.stop
-        run.stop.requested = True
+        run.stop.reason = "somebody"
         assert train_step(run, next(batches)).agreed.flags.stop
 
 
