@@ -19,7 +19,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,20 @@ _WAIT_S = 2.0
 
 class SaveError(CheckpointError):
     """A checkpoint could not be written; the one before is whole."""
+
+
+@dataclass(kw_only=True)
+class _Prepared:
+    """What rank 0 finds when a checkpoint is to begin, and tells all ranks."""
+
+    staging: str = ""
+    """The folder that was made for it; empty = none was."""
+    exists: bool = False
+    """It has been saved before."""
+    taken_over: str = ""
+    """Another run holds the folder of checkpoints: why this one may not write."""
+    error: str = ""
+    """Why the staging folder could not be made."""
 
 
 @dataclass
@@ -102,16 +116,16 @@ class Saver:
         """
         began = time.monotonic()
         self.finish()
-        said = json.loads(self._groups.first_rank_text(json.dumps(self._prepared(step))))
-        if said["taken_over"]:
-            raise LeaseError(said["taken_over"])
-        if said["exists"]:
+        prepared = _Prepared(**json.loads(self._groups.first_rank_text(json.dumps(asdict(self._prepare(step))))))
+        if prepared.taken_over:
+            raise LeaseError(prepared.taken_over)
+        if prepared.exists:
             return
-        self._pending = pending = _Pending(step, None, began, error=said["error"])
+        self._pending = pending = _Pending(step, None, began, error=prepared.error)
         if pending.error:
             self._give_up(pending)
             return
-        pending.staging = Path(said["staging"])
+        pending.staging = Path(prepared.staging)
         try:
             self.writer.submit(pending.staging, make_files())
         except WriteError as error:
@@ -183,36 +197,35 @@ class Saver:
     def require_success(self) -> None:
         """Raise SaveError if the last checkpoint failed."""
         if self.failures:
+            count = "checkpoint" if self.failures == 1 else f"{self.failures} checkpoints"
             last = "none" if self.durable_step is None else f"step {self.durable_step}"
             raise SaveError(
-                f"the last {self.failures} checkpoints could not be written to {self.root} (messages above); last one "
-                f"that this run completed: {last}"
+                f"the last {count} could not be written to {self.root} (messages above); last one that this run "
+                f"completed: {last}. See to the folder, and start the run again"
             )
 
     def close(self) -> None:
         """End the writer process; a checkpoint that is not complete is lost."""
         self.writer.close()
 
-    def _prepared(self, step: int) -> dict[str, Any]:
+    def _prepare(self, step: int) -> _Prepared:
         """Make the staging folder, on rank 0, which decides for all: file systems show nodes different things."""
-        said: dict[str, Any] = {"exists": False, "staging": "", "error": "", "taken_over": ""}
         if self._groups.rank:
-            return said
+            return _Prepared()
         try:
             if self._lease is not None:
                 self._lease.renew()
             final = step_folder(self.root, step)
-            said["exists"] = final.exists()
-            if not said["exists"]:
-                staging = self.root / f"{STAGING_PREFIX}{final.name}-{self._attempt}"
-                shutil.rmtree(staging, ignore_errors=True)
-                staging.mkdir(parents=True)
-                said["staging"] = str(staging)
+            if final.exists():
+                return _Prepared(exists=True)
+            staging = self.root / f"{STAGING_PREFIX}{final.name}-{self._attempt}"
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
         except LeaseError as error:
-            said["taken_over"] = str(error)
+            return _Prepared(taken_over=str(error))
         except OSError as error:
-            said["error"] = str(error)
-        return said
+            return _Prepared(error=str(error))
+        return _Prepared(staging=str(staging))
 
     def _complete(self, pending: _Pending) -> None:
         """Have rank 0's writer process complete a checkpoint whose files are all on disk."""
@@ -249,7 +262,7 @@ class Saver:
         if self._config.on_save_error == "stop":
             raise SaveError(f"{message}. The one before is whole; --on-save-error continue trains on")
         if self._groups.rank == 0:
-            logger.error("%s; training goes on, the next attempt is at the next interval", message)
+            logger.error("%s; training goes on, and the next one is written after the next interval", message)
 
 
 def remove_remains(root: Path) -> None:

@@ -54,7 +54,7 @@ def _train(run: Run) -> bool:
     for batch in run.loader:
         data_wait_s = time.perf_counter() - waiting_since
         result = train_step(run, batch)
-        _record(run, result, batch)
+        _count_step(run, result, batch)
         _count_bad_images(run, bad_images, result, batch)
         _compare_replicas(run)
         meter.add(result, batch, data_wait_s)
@@ -81,7 +81,7 @@ def _is_due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def _record(run: Run, result: StepResult, batch: StepBatch) -> None:
+def _count_step(run: Run, result: StepResult, batch: StepBatch) -> None:
     """Count a step that is done, and let the checkpoint that is being written get on."""
     # Before any checkpoint of this step, so that none holds rows that are not recorded.
     if run.ledger is not None:

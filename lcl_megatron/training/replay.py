@@ -141,7 +141,7 @@ def _record(save: Path, step: int) -> dict[str, Any] | None:
 
 
 def _checkpoint(save: Path, step: int, is_skipped: bool) -> Path:
-    """Return the newest checkpoint whose weights the step met, or earlier ones."""
+    """Return the newest checkpoint that the step cannot have changed."""
     # A step that was skipped left its weights as they were.
     last = step if is_skipped else step - 1
     found = {step_of(checkpoint): checkpoint for checkpoint in reversed(complete_checkpoints(save))}

@@ -151,6 +151,7 @@ def _build(
     lease: Lease | None,
     watchdog: Watchdog,
 ) -> Run:
+    """Build what a run consists of, and load the checkpoint that it goes on from; collective over all ranks."""
     watchdog.mark("load")
     if groups.rank == 0:
         stop.watch_stop_file(config.checkpoint.save)

@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "skipped"
+SKIPPED_FOLDER = "skipped"
 """Folder of ``checkpoint.save``, or else of ``logging.log_dir``."""
 
 
 def skip_file(root: str | Path, step: int) -> Path:
     """Return the file of a skipped step, 1 for the first, in a folder of checkpoints or of logs."""
-    return Path(root) / FOLDER / f"step-{step:08d}.json"
+    return Path(root) / SKIPPED_FOLDER / f"step-{step:08d}.json"
 
 
 def report_skip(run: Run, skip: Skip) -> None:

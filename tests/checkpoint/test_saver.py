@@ -130,7 +130,7 @@ def test_a_killed_writer_costs_one_checkpoint_on_all_ranks(
             return str(failure.value)
         saver.finish()
         assert saver.failures == 1
-        with pytest.raises(SaveError, match=r"last 1 checkpoints could not .* that this run completed: step 1"):
+        with pytest.raises(SaveError, match=r"last checkpoint could not .* that this run completed: step 1"):
             saver.require_success()
         _begin(saver, groups, 3)
         saver.finish()
@@ -278,7 +278,14 @@ def test_continuing_says_what_failed(tmp_path: Path, caplog: pytest.LogCaptureFi
             _begin(saver, groups, 1)
         assert saver.failures == 1
         assert "the checkpoint of step 1 could not be written to" in caplog.text
-        assert "training goes on, the next attempt is at the next interval" in caplog.text
+        assert "training goes on, and the next one is written after the next interval" in caplog.text
+        with pytest.raises(
+            SaveError, match=r"the last checkpoint could not .*root \(messages above\).*: none\. See to the folder"
+        ):
+            saver.require_success()
+        saver.failures = 2
+        with pytest.raises(SaveError, match=r"the last 2 checkpoints could not be written"):
+            saver.require_success()
         saver.close()
     finally:
         groups.destroy()
