@@ -44,21 +44,6 @@ from lcl_megatron.config.toml import to_toml
 from lcl_megatron.config.validate import architecture, architecture_difference
 from lcl_megatron.parallel.engine import Engine
 
-__all__ = [
-    "CONFIG_FILE",
-    "TOKENIZER_FILE",
-    "CheckpointError",
-    "Progress",
-    "Trainable",
-    "check_architecture",
-    "files",
-    "load",
-    "load_model",
-    "read_config",
-    "save",
-    "step_folder",
-]
-
 
 class Stateful(Protocol):
     """Has a state beside tensors that a checkpoint keeps."""

@@ -26,7 +26,8 @@ import numpy as np
 import torch
 
 from lcl_megatron.checkpoint import native
-from lcl_megatron.checkpoint.folders import complete_checkpoints, step_of
+from lcl_megatron.checkpoint.folders import complete_checkpoints, read_config, step_of
+from lcl_megatron.checkpoint.manifest import CheckpointError
 from lcl_megatron.config import ParallelConfig, RunConfig
 from lcl_megatron.data.loader import StepLoader
 from lcl_megatron.parallel import engine as engines
@@ -106,7 +107,7 @@ def find_step(
     """
     record = _record(save, step)
     checkpoint = _checkpoint(save, step, is_skipped=record is not None)
-    config = native.read_config(checkpoint)
+    config = read_config(checkpoint)
     training = config.training
     config = dataclasses.replace(
         config,
@@ -147,7 +148,7 @@ def _checkpoint(save: Path, step: int, is_skipped: bool) -> Path:
     found = {step_of(checkpoint): checkpoint for checkpoint in reversed(complete_checkpoints(save))}
     early = [number for number in found if number <= last]
     if not early:
-        raise native.CheckpointError(
+        raise CheckpointError(
             f"{save} holds no checkpoint of a step before {step} (steps found: {list(found) or 'none'}); give the "
             "--save folder of the run, and a later --step"
         )
@@ -166,7 +167,7 @@ def replay(found: ReplayedStep) -> Iterator[ReplayedRow]:
     rows = config.training.global_batch_size
     whole_plan = build_plan(config, corpora, dp_size=1)
     if found.data not in ("", whole_plan.fingerprint):
-        raise native.CheckpointError(
+        raise CheckpointError(
             f"step {found.step} was read from other data (fingerprint {found.data}) than those of {found.checkpoint} "
             f"in {' '.join(config.data.data_path)} ({whole_plan.fingerprint}): its rows would be others; give the "
             "run's corpora with --data-path"

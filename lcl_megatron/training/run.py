@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lcl_megatron.checkpoint.native import Progress, Trainable
+from lcl_megatron.checkpoint.folders import Progress
+from lcl_megatron.checkpoint.native import Trainable
 from lcl_megatron.checkpoint.saver import Saver
 from lcl_megatron.config import RunConfig
 from lcl_megatron.data.loader import StepLoader

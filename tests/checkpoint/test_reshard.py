@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from lcl_megatron.checkpoint import native
+from lcl_megatron.checkpoint.folders import Progress, step_folder
 from lcl_megatron.config import RunConfig
 from tests.checkpoint import runs
 from tests.checkpoint.runs import CONFIG, HeldState, Layout
@@ -61,7 +62,7 @@ CROSSINGS = [
     ("bf16", PP3, DP2_PP2X2),
     ("bf16", DP2_PP2X2, PP2_PLAIN),
 ]
-PROGRESS = native.Progress(step=2, consumed_rows=8, consumed_images=10, data={"corpus 0": "abc"})
+PROGRESS = Progress(step=2, consumed_rows=8, consumed_images=10, data={"corpus 0": "abc"})
 
 
 def _train_and_save(rank: int, world_size: int, config: RunConfig, folder: Path) -> HeldState:
@@ -71,11 +72,11 @@ def _train_and_save(rank: int, world_size: int, config: RunConfig, folder: Path)
     return runs.held_state(trainable)
 
 
-def _load(rank: int, world_size: int, config: RunConfig, folder: Path) -> tuple[HeldState, native.Progress]:
+def _load(rank: int, world_size: int, config: RunConfig, folder: Path) -> tuple[HeldState, Progress]:
     # Other initial weights than the run that saved: what is not loaded shows.
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, seed=99))
     trainable = runs.build(config)
-    progress = native.load(native.step_folder(folder, 2), trainable)
+    progress = native.load(step_folder(folder, 2), trainable)
     return runs.held_state(trainable), progress
 
 

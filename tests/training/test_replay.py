@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from lcl_megatron.checkpoint import native
+from lcl_megatron.checkpoint.folders import Progress, step_folder
+from lcl_megatron.checkpoint.manifest import CheckpointError
 from lcl_megatron.config import RunConfig
 from lcl_megatron.training.loop import save_checkpoint, train
 from lcl_megatron.training.replay import find_step, replay
@@ -68,7 +69,7 @@ def test_rows_are_the_parts_of_the_step(data: DataFolder, tmp_path: Path) -> Non
                 assert run.saver is not None
                 run.saver.finish()
             result = train_step(run, batch)
-            run.progress = native.Progress(batch.step + 1, 9 * (batch.step + 1), 0, run.progress.data)
+            run.progress = Progress(batch.step + 1, 9 * (batch.step + 1), 0, run.progress.data)
         targets = batch.layout.num_targets
         counts = [plan_row_targets(run, row) for row in range(9, 18)]
     rows = list(replay(find_step(tmp_path, 2)))
@@ -158,12 +159,12 @@ def test_weights_are_the_newest_that_the_step_met(spoilt: Path, tmp_path: Path) 
     for step in range(1, 7):
         # A step that was skipped left its weights as they were, so a checkpoint of its number would do too.
         usable = [number for number in saved if number < step or (number == step and step in skipped)]
-        assert find_step(spoilt, step).checkpoint == native.step_folder(spoilt, usable[-1])
+        assert find_step(spoilt, step).checkpoint == step_folder(spoilt, usable[-1])
     (tmp_path / "skipped").mkdir()
-    with pytest.raises(native.CheckpointError, match=r"holds no checkpoint of a step before 7 \(steps found: none\)"):
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint of a step before 7 \(steps found: none\)"):
         find_step(tmp_path, 7)
     shutil.copytree(spoilt / "step-00000000", tmp_path / "step-00000009")
-    with pytest.raises(native.CheckpointError, match=r"\(steps found: \[9\]\); give the --save folder"):
+    with pytest.raises(CheckpointError, match=r"\(steps found: \[9\]\); give the --save folder"):
         find_step(tmp_path, 9)
 
 
@@ -184,7 +185,7 @@ def test_other_data_and_damaged_records_are_refused(
     other.write([plain_document(number) for number in range(1, 19)])
     shutil.copy(data.tokenizer, other.path / "tokenizer.model")
     other.preprocess()
-    with pytest.raises(native.CheckpointError, match=f"step {step} was read from other data .*--data-path"):
+    with pytest.raises(CheckpointError, match=f"step {step} was read from other data .*--data-path"):
         next(replay(find_step(save, step, data_path=(str(other.corpus),))))
     for damage in ("{", "[]", '{"step": 1}'):
         record.write_text(damage)
