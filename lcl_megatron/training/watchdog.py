@@ -111,9 +111,13 @@ class Watchdog:
         self._thread: threading.Thread | None = None
         self._board: Heartbeats | None = None
         self._seen, self._looked_at = self._place, self._place.since
+        """Where the loop was when the thread last looked, and when that was."""
         self._still_s = 0.0
+        """How long the loop has been there, without time in which the thread was not run."""
         self._reading: Reading | None = None
+        """The board in the middle of a hang: whoever has not written since is silent."""
         self._has_spoken = False
+        """Whether this hang has been reported."""
 
     def mark(self, phase: Phase, step: int | None = None) -> None:
         """Say what the loop does from now on.
