@@ -115,6 +115,7 @@ def main() -> None:
         shutil.rmtree(Path(scratch) / "ours")
         if flags.baseline:
             report["megatron_core_wait_s"] = baseline(trainable, Path(scratch) / "megatron_core")
+        trainable.engine.groups.destroy()
     for name, value in report.items():
         print(f"{name:20} {value:,.3f}" if isinstance(value, float) else f"{name:20} {value}")
     print(json.dumps(report))
