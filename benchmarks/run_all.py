@@ -123,6 +123,18 @@ BENCHMARKS = (
         },
     ),
     Benchmark(
+        "checkpoints",
+        {
+            "gigabytes": "checkpoint of ViT-B/16 with OPT-125M on one process, GB",
+            "wait_s": "how long training waits for it, s",
+            "durable_s": "until it is complete on disk, s",
+            "verify_s": "comparing all files with the manifest, one process, s",
+            "load_s": "loading it, s",
+            "megatron_core_wait_s": "how long training waits for megatron-core's own saving of the same tensors, s",
+        },
+        ("--folder", "FOLDER"),
+    ),
+    Benchmark(
         "contrastive",
         {
             "memory_ratio": "memory of the contrastive loss over open_clip's local loss, 65,536 pairs on 32 ranks",

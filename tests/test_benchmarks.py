@@ -285,3 +285,11 @@ def test_scopes_runs_that_are_the_same_function_agree(
     assert contrastive["one_micro_batch"] == pytest.approx(contrastive["global"], rel=1e-4)
     assert report["scope_time_ratio"] == pytest.approx(runs["global"]["cpu_ms"] / runs["micro_batch"]["cpu_ms"])
     assert set(report["layout_ratio"]) == {"dp2", "tp2", "pp2"}
+
+
+def test_checkpoints(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    _, report = run("checkpoints.py", ["--preset", "tiny", "--no-baseline", "--repeats", "1"], monkeypatch, capsys)
+    # fp32: weights, the optimizer's values and two moments; and what says where they lie.
+    assert 16 < 1000 * report["gigabytes"] / report["parameters_m"] < 16.2
+    assert 0 < report["wait_s"] <= report["durable_s"]
+    assert min(report["verify_s"], report["load_s"]) > 0

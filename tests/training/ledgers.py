@@ -39,7 +39,7 @@ def config_for(corpus: Path, folder: Path, **sections: dict[str, Any]) -> RunCon
     config = small_config(
         corpus,
         guard={"ledger_dir": str(folder / "ledger")},
-        checkpoint={"save": str(folder / "save"), "save_interval": 3},
+        checkpoint={"save": str(folder / "save"), "save_interval": 3, "async_save": False},
         training={"micro_batch_size": 2},
     )
     return dataclasses.replace(

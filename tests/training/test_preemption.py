@@ -126,7 +126,7 @@ def test_a_run_that_loses_a_rank_goes_on_and_ends_like_one_that_lost_none(corpus
         return small_config(
             corpus,
             training={"train_iters": 24, "micro_batch_size": 2},
-            checkpoint={"save": str(folder / "save"), "save_interval": 8},
+            checkpoint={"save": str(folder / "save"), "save_interval": 8, "async_save": False},
             logging={"log_dir": str(folder / "logs")},
         )
 

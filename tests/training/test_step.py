@@ -7,6 +7,7 @@ autograd; a run whose loader hands over the same rows.
 from __future__ import annotations
 
 import dataclasses
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,8 @@ def test_a_request_to_stop_travels_with_the_step(corpus: Path) -> None:
     with run_from(small_config(corpus)) as run:
         batches = iter(run.loader)
         assert not train_step(run, next(batches)).agreed.flags.stop
-        run.stop.reason = "somebody"
+        run.stop.begin()
+        signal.raise_signal(signal.SIGTERM)
         assert train_step(run, next(batches)).agreed.flags.stop
 
 
