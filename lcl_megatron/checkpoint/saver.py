@@ -162,7 +162,8 @@ class Saver:
             self._pending = None
             self.durable_step, self.failures = pending.step, 0
             if self._groups.rank == 0:
-                pruned = ", ".join((pending.answer or {}).get("pruned", ()))
+                answer = pending.answer or {}
+                pruned = ", ".join(answer.get("pruned", ()))
                 logger.info(
                     "saved %s in %.1f s (training waited %.2f s)%s",
                     step_folder(self.root, pending.step),
@@ -170,6 +171,8 @@ class Saver:
                     pending.stall_s,
                     f"; deleted {pruned}" if pruned else "",
                 )
+                for reason in answer.get("not_pruned", ()):
+                    logger.warning("an old checkpoint could not be deleted: %s", reason)
 
     def finish(self) -> None:
         """Wait until the checkpoint that is being written, if there is one, is complete or has failed.

@@ -221,6 +221,42 @@ def test_old_checkpoints_are_deleted_as_asked(
     assert not list(tmp_path.glob(".pruned*"))
 
 
+def test_what_is_no_folder_or_of_a_later_step_neither_counts_nor_goes(tmp_path: Path, on_two_ranks: Run) -> None:
+    def body(saver: Saver, groups: ProcessGroups, root: Path) -> None:
+        for step in range(1, 5):
+            _begin(saver, groups, step)
+        saver.finish()
+
+    root, archive = tmp_path / "root", tmp_path / "archive"
+    archive.mkdir()
+    (archive / "file").touch()
+    # Damaged ones that could not be put aside, say: beside them the run's own would be the oldest.
+    for step in (90, 91):
+        (root / f"step-{step:08d}").mkdir(parents=True)
+    (root / "step-00000000").symlink_to(archive)
+    on_two_ranks(body, root, keep_last=2)
+    assert _steps(root) == [0, 3, 4, 90, 91]
+    assert (archive / "file").exists()
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    groups = initialize(ParallelConfig(), lambda ranks: ranks[:1])
+    saver = Saver(CheckpointConfig(save=str(tmp_path), keep_last=2, on_save_error="stop"), groups, "one", None)
+    # Half of it was left by a file system that could not delete everything.
+    (tmp_path / ".pruned-step-00000001" / "rest").mkdir(parents=True)
+    with caplog.at_level(logging.WARNING):
+        for step in (1, 2, 3, 4):
+            saver.begin(step, lambda: _files(0, 1)[1:])
+        saver.finish()
+    assert saver.durable_step == 4
+    assert "an old checkpoint could not be deleted: [Errno 39] Directory not empty: " in caplog.text
+    assert _steps(tmp_path) == [1, 3, 4]
+    saver.close()
+    groups.destroy()
+
+
 def test_a_run_that_has_lost_its_lease_publishes_nothing(tmp_path: Path, on_two_ranks: Run) -> None:
     def body(saver: Saver, groups: ProcessGroups, root: Path) -> str:
         _begin(saver, groups, 1)
