@@ -25,7 +25,7 @@ from typing import Any
 
 from lcl_megatron.checkpoint.folders import step_folder
 from lcl_megatron.checkpoint.lease import Lease, LeaseError
-from lcl_megatron.checkpoint.manifest import CheckpointError
+from lcl_megatron.checkpoint.manifest import CheckpointError, DamagedCheckpointError, read_manifest
 from lcl_megatron.checkpoint.shard_writer import PRUNED_PREFIX, STAGING_PREFIX
 from lcl_megatron.checkpoint.writer_process import FileImage, WriteError, WriterProcess
 from lcl_megatron.config import CheckpointConfig
@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 _WAIT_S = 2.0
 """Longest wait between two agreements while a run does nothing but wait for its checkpoint."""
+_NAMED_RANKS = 8
+"""Ranks whose errors are told; on a full disk all have the same."""
 
 
 class SaveError(CheckpointError):
@@ -108,8 +110,9 @@ class Saver:
             raise LeaseError(said["taken_over"])
         if said["exists"]:
             return
-        self._pending = pending = _Pending(step, None, began, error=said["error"])
-        if pending.error:
+        self._pending = pending = _Pending(step, None, began)
+        if said["error"]:
+            pending.error = "" if self._groups.rank else said["error"]
             self._give_up(pending)
             return
         pending.staging = Path(said["staging"])
@@ -206,14 +209,19 @@ class Saver:
             if self._lease is not None:
                 self._lease.renew()
             final = step_folder(self.root, step)
-            said["exists"] = final.exists()
-            if not said["exists"]:
+            if final.exists():
+                # Else the run would end well, and with nothing saved.
+                read_manifest(final)
+                said["exists"] = True
+            else:
                 staging = self.root / f"{STAGING_PREFIX}{final.name}-{self._attempt}"
                 shutil.rmtree(staging, ignore_errors=True)
                 staging.mkdir(parents=True)
                 said["staging"] = str(staging)
         except LeaseError as error:
             said["taken_over"] = str(error)
+        except DamagedCheckpointError as error:
+            said["error"] = f"{error}; it is in the way: move it away"
         except OSError as error:
             said["error"] = str(error)
         return said
@@ -243,10 +251,12 @@ class Saver:
         """Forget a checkpoint that some rank could not write."""
         self._pending = None
         self.failures += 1
-        if pending.answer is None and not pending.error:
+        if pending.staging is not None and pending.answer is None and not pending.error:
             self.writer.kill()
         own = f"{self._groups.describe()}: {pending.error}" if pending.error else ""
-        reasons = "; ".join(dict.fromkeys(filter(None, self._groups.gather_texts(own))))
+        told = list(filter(None, self._groups.gather_texts(own)))
+        more = len(told) - _NAMED_RANKS
+        reasons = "; ".join([*told[:_NAMED_RANKS], *([f"and {more} more ranks"] if more > 0 else [])])
         if self._groups.rank == 0 and pending.staging is not None:
             shutil.rmtree(pending.staging, ignore_errors=True)
         message = f"the checkpoint of step {pending.step} could not be written to {self.root}: {reasons}"
@@ -259,5 +269,6 @@ class Saver:
 def remove_remains(root: Path) -> None:
     """Delete what runs that were killed have left; whoever holds the folder's lease may."""
     for prefix in (STAGING_PREFIX, PRUNED_PREFIX):
-        for path in root.glob(f"{prefix}*"):
+        # Of checkpoints: other things, such as weights that somebody exports to here, are made under such names too.
+        for path in root.glob(f"{prefix}step-*"):
             shutil.rmtree(path, ignore_errors=True)
