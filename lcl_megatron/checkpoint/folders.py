@@ -52,11 +52,16 @@ def complete_checkpoints(root: str | Path) -> list[Path]:
     root = Path(root)
     if not root.is_dir():
         return []
-    # By its name too: a checkpoint whose file is missing is a damaged one, and not none.
-    if (root / CONFIG_FILE).is_file() or STEP_FOLDER.fullmatch(root.resolve().name):
+    if is_checkpoint(root):
         return [root]
     complete = [folder for folder in root.iterdir() if STEP_FOLDER.fullmatch(folder.name) and folder.is_dir()]
     return sorted(complete, key=step_of, reverse=True)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Return whether a folder, there or not, is taken for a checkpoint itself and not for one that holds some."""
+    # By its name too: a checkpoint whose file is missing is a damaged one, and not none.
+    return (folder / CONFIG_FILE).is_file() or STEP_FOLDER.fullmatch(folder.resolve().name) is not None
 
 
 def find_latest(root: str | Path) -> Path | None:

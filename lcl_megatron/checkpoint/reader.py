@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lcl_megatron.checkpoint.folders import CONFIG_FILE, Progress, complete_checkpoints
-from lcl_megatron.checkpoint.manifest import DamagedCheckpointError, damage_of, raise_damages, read_manifest
+from lcl_megatron.checkpoint.manifest import DamagedCheckpointError, Manifest, damage_of, raise_damages, read_manifest
 from lcl_megatron.checkpoint.manifest import verify as verify_files
 from lcl_megatron.checkpoint.shard_file import INDEX_FILE, Region, Shape, StoredPiece, StoredTensor, read_index
 
@@ -71,6 +71,12 @@ class CheckpointReader:
             raise DamagedCheckpointError(
                 f"{folder / INDEX_FILE} names {sorted(unknown)[0]!r}, and the manifest does not"
             )
+        for name, stored in self.tensors.items():
+            if not _is_possible(stored, self.manifest):
+                raise DamagedCheckpointError(
+                    f"{folder / INDEX_FILE}: the pieces of {name} are not all inside the tensor and their files, or do "
+                    "not add up to it"
+                )
 
     def state(self) -> dict[str, Any]:
         """Return what is saved beside tensors.
@@ -83,7 +89,7 @@ class CheckpointReader:
         try:
             state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             Progress(**state["progress"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DamagedCheckpointError(f"{path} does not hold the progress of a run: {error}") from error
         return state
 
@@ -122,11 +128,13 @@ class CheckpointReader:
         pieces = stored.pieces
         self._verify(piece.file for piece in pieces if _overlap(piece.region, region))
         same_box = [piece for piece in pieces if _box(piece.region) == _box(region)]
+        same_box.sort(key=lambda piece: piece.region.begin)
         values = torch.empty(region.numel, dtype=DTYPES[stored.dtype])
         filled = 0
         for piece in same_box:
             begin, end = max(piece.region.begin, region.begin), min(piece.region.end, region.end)
-            if begin < end:
+            # One behind the other: what is stored twice must not make up for a gap.
+            if begin < end and begin == region.begin + filled:
                 values[begin - region.begin : end - region.begin] = self._values(stored, piece, begin, end)
                 filled += end - begin
         if not same_box:
@@ -215,6 +223,25 @@ def newest_whole(root: str | Path) -> Path | None:
         return checkpoint
 
     return from_newest(root, verified)
+
+
+def _is_possible(stored: StoredTensor, manifest: Manifest) -> bool:
+    """Return whether a tensor can be what an index says: the hashes do not tell what nobody ever wrote."""
+    if stored.dtype not in DTYPES:
+        return False
+    itemsize = DTYPES[stored.dtype].itemsize
+    for piece in stored.pieces:
+        region, size = piece.region, manifest.files[piece.file].size
+        if region.shape != stored.shape or not len(region.offset) == len(region.size) == len(stored.shape):
+            return False
+        box = zip(region.offset, region.size, stored.shape, strict=True)
+        if not all(0 <= offset and 0 <= extent and offset + extent <= length for offset, extent, length in box):
+            return False
+        if not 0 <= region.begin <= region.end <= math.prod(region.size):
+            return False
+        if not 0 <= piece.position <= size - region.numel * itemsize:
+            return False
+    return sum(piece.region.numel for piece in stored.pieces) == math.prod(stored.shape)
 
 
 def _box(region: Region) -> Box:

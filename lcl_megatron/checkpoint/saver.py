@@ -25,7 +25,7 @@ from typing import Any
 
 from lcl_megatron.checkpoint.folders import step_folder
 from lcl_megatron.checkpoint.lease import Lease, LeaseError
-from lcl_megatron.checkpoint.manifest import CheckpointError
+from lcl_megatron.checkpoint.manifest import CheckpointError, DamagedCheckpointError, read_manifest
 from lcl_megatron.checkpoint.shard_writer import PRUNED_PREFIX, STAGING_PREFIX
 from lcl_megatron.checkpoint.writer_process import NewFile, WriteError, WriterProcess
 from lcl_megatron.config import CheckpointConfig
@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 _WAIT_S = 2.0
 """Longest wait between two agreements while a run does nothing but wait for its checkpoint."""
+_NAMED_RANKS = 8
+"""Ranks whose errors are told; on a full disk all have the same."""
 
 
 class SaveError(CheckpointError):
@@ -121,8 +123,9 @@ class Saver:
             raise LeaseError(prepared.taken_over)
         if prepared.exists:
             return
-        self._pending = pending = _Pending(step, None, began, error=prepared.error)
-        if pending.error:
+        self._pending = pending = _Pending(step, None, began)
+        if prepared.error:
+            pending.error = "" if self._groups.rank else prepared.error
             self._give_up(pending)
             return
         pending.staging = Path(prepared.staging)
@@ -175,7 +178,8 @@ class Saver:
             self._pending = None
             self.durable_step, self.failures = pending.step, 0
             if self._groups.rank == 0:
-                pruned = ", ".join((pending.answer or {}).get("pruned", ()))
+                answer = pending.answer or {}
+                pruned = ", ".join(answer.get("pruned", ()))
                 logger.info(
                     "saved %s in %.1f s (training waited %.2f s)%s",
                     step_folder(self.root, pending.step),
@@ -183,6 +187,8 @@ class Saver:
                     pending.stall_s,
                     f"; deleted {pruned}" if pruned else "",
                 )
+                for reason in answer.get("not_pruned", ()):
+                    logger.warning("an old checkpoint could not be deleted: %s", reason)
 
     def finish(self) -> None:
         """Wait until the checkpoint that is being written, if there is one, is complete or has failed.
@@ -217,12 +223,16 @@ class Saver:
                 self._lease.renew()
             final = step_folder(self.root, step)
             if final.exists():
+                # Else the run would end well, and with nothing saved.
+                read_manifest(final)
                 return _Prepared(exists=True)
             staging = self.root / f"{STAGING_PREFIX}{final.name}-{self._attempt}"
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
         except LeaseError as error:
             return _Prepared(taken_over=str(error))
+        except DamagedCheckpointError as error:
+            return _Prepared(error=f"{error}; it is in the way: move it away")
         except OSError as error:
             return _Prepared(error=str(error))
         return _Prepared(staging=str(staging))
@@ -252,10 +262,12 @@ class Saver:
         """Forget a checkpoint that some rank could not write."""
         self._pending = None
         self.failures += 1
-        if pending.answer is None and not pending.error:
+        if pending.staging is not None and pending.answer is None and not pending.error:
             self.writer.kill()
         own = f"{self._groups.describe()}: {pending.error}" if pending.error else ""
-        reasons = "; ".join(dict.fromkeys(filter(None, self._groups.gather_texts(own))))
+        told = list(filter(None, self._groups.gather_texts(own)))
+        more = len(told) - _NAMED_RANKS
+        reasons = "; ".join([*told[:_NAMED_RANKS], *([f"and {more} more ranks"] if more > 0 else [])])
         if self._groups.rank == 0 and pending.staging is not None:
             shutil.rmtree(pending.staging, ignore_errors=True)
         message = f"the checkpoint of step {pending.step} could not be written to {self.root}: {reasons}"
@@ -268,5 +280,6 @@ class Saver:
 def remove_remains(root: Path) -> None:
     """Delete what runs that were killed have left; whoever holds the folder's lease may."""
     for prefix in (STAGING_PREFIX, PRUNED_PREFIX):
-        for path in root.glob(f"{prefix}*"):
+        # Of checkpoints: other things, such as weights that somebody exports to here, are made under such names too.
+        for path in root.glob(f"{prefix}step-*"):
             shutil.rmtree(path, ignore_errors=True)

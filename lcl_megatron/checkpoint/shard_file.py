@@ -135,7 +135,7 @@ def read_pieces(path: Path) -> list[tuple[str, str, StoredPiece]]:
             )
             for name, piece in pieces.items()
         ]
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (ArithmeticError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not a file of tensor pieces: {type(error).__name__} {error}") from error
 
 
@@ -183,7 +183,7 @@ def read_index(path: Path) -> dict[str, StoredTensor]:
             )
             for name, tensor in content.items()
         }
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (ArithmeticError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not the index of a checkpoint: {type(error).__name__} {error}") from error
 
 

@@ -99,7 +99,7 @@ def complete(
         keep: how many of the newest checkpoints stay, 0 = all, and of which multiples of steps.
 
     Returns:
-        ``{"completed": final, "pruned": [names]}``.
+        ``{"completed": final, "pruned": [names], "not_pruned": [reasons]}``.
     """
     folder = Path(staging)
     entries = {name: FileEntry(*entry) for name, entry in files.items()}
@@ -113,34 +113,46 @@ def complete(
         _require_lease(*lease)
     os.rename(folder, final)
     flush_to_disk(Path(final).parent)
-    return {"completed": final, "pruned": prune(Path(final).parent, *keep)}
+    # It is complete, whatever becomes of the old ones.
+    pruned, not_pruned = prune(Path(final).parent, step, *keep)
+    return {"completed": final, "pruned": pruned, "not_pruned": not_pruned}
 
 
-def prune(root: Path, keep_last: int, keep_every: int) -> list[str]:
-    """Delete old checkpoints.
+def prune(root: Path, newest: int, keep_last: int, keep_every: int) -> tuple[list[str], list[str]]:
+    """Delete old checkpoints. Links, and what is no folder, are not this run's: they neither count nor go.
 
     Args:
         root: folder of checkpoints.
+        newest: step of the one that has just been completed. Those of later steps, which a run that went back to this
+            one's past could not put aside, neither count nor go: this one would be the oldest beside them.
         keep_last: how many of the newest stay; 0 = all.
         keep_every: those whose step is a multiple of this stay too; 0 = none.
 
     Returns:
-        Names of those deleted.
+        Names of those deleted, and why others could not be.
     """
     if not keep_last:
-        return []
-    steps = {int(found[1]): path for path in root.iterdir() if (found := STEP_FOLDER.fullmatch(path.name))}
-    old = sorted(steps)[:-keep_last]
-    deleted = []
-    for step in old:
+        return [], []
+    deleted: list[str] = []
+    failed: list[str] = []
+    try:
+        found = [(STEP_FOLDER.fullmatch(path.name), path) for path in root.iterdir()]
+        steps = {int(name[1]): path for name, path in found if name and path.is_dir() and not path.is_symlink()}
+    except OSError as error:
+        return [], [str(error)]
+    for step in sorted(step for step in steps if step <= newest)[:-keep_last]:
         if keep_every and step % keep_every == 0:
             continue
         # Renamed first: what is half deleted has no name of a checkpoint.
         condemned = root / f"{PRUNED_PREFIX}{steps[step].name}"
-        os.rename(steps[step], condemned)
+        try:
+            os.rename(steps[step], condemned)
+        except OSError as error:
+            failed.append(str(error))
+            continue
         shutil.rmtree(condemned, ignore_errors=True)
         deleted.append(steps[step].name)
-    return deleted
+    return deleted, failed
 
 
 def _wait_until_seen(path: Path, size: int) -> None:

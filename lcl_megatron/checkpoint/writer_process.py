@@ -6,6 +6,7 @@ import json
 import mmap
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,8 @@ from typing import Any
 from lcl_megatron.checkpoint import shard_writer
 
 _ALIGNMENT = 4096
+_NOT_FOR_IT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Signals to the whole process group that mean the rank; see ``shard_writer.main``."""
 _PACKAGE_ROOT = Path(__file__).parents[2]
 
 
@@ -164,6 +167,9 @@ class WriterProcess:
             path = os.pathsep.join(filter(None, [str(_PACKAGE_ROOT), os.environ.get("PYTHONPATH", "")]))
             # -P: the folder of the script is not searched for modules.
             command = [sys.executable, "-P", str(shard_writer.__file__), str(self._shared), str(os.getpid())]
+            # Inherited blocked: a request to stop comes more than once, and this process is often started for it. One
+            # that came before it could ignore the signal would end it, and the last checkpoint with it.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_IT)
             try:
                 self._process = subprocess.Popen(
                     command,
@@ -174,6 +180,8 @@ class WriterProcess:
                 )
             except OSError as error:
                 raise WriteError(f"the writer process cannot be started: {error}") from error
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return self._process
 
     def _forget(self) -> None:
@@ -192,6 +200,9 @@ class WriterProcess:
 def _anonymous_file() -> int:
     """Return the descriptor of a file without a name, in memory where the system has that; it ends with its users."""
     if hasattr(os, "memfd_create"):
-        return os.memfd_create("checkpoint")
+        try:
+            return os.memfd_create("checkpoint")
+        except OSError:
+            pass  # a sandbox that does not know the call
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())

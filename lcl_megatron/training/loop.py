@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from pathlib import Path
 
 from lcl_megatron.checkpoint import native
+from lcl_megatron.checkpoint.manifest import CheckpointError
 from lcl_megatron.data.batch import StepBatch
 from lcl_megatron.parallel.parameter_hash import compare_replicas
 from lcl_megatron.training.bad_images import BadImageWatch, TooManyBadImagesError
@@ -17,6 +19,8 @@ from lcl_megatron.training.meter import Meter
 from lcl_megatron.training.metrics_logger import METRICS_FILE
 from lcl_megatron.training.run import Run
 from lcl_megatron.training.step import NonFiniteError, StepResult, train_step
+
+logger = logging.getLogger(__name__)
 
 
 def train(run: Run) -> Ending:
@@ -30,9 +34,8 @@ def train(run: Run) -> Ending:
     """
     try:
         was_asked = _train(run)
-    except (NonFiniteError, TooManyBadImagesError):
-        # All ranks raise these together, and a checkpoint that was begun before is worth completing.
-        _finish_saving(run)
+    except (NonFiniteError, TooManyBadImagesError) as error:
+        _save_before_giving_up(run, as_it_is=isinstance(error, TooManyBadImagesError))
         raise
     _finish_saving(run)
     ending = ending_of(run, was_asked)
@@ -55,7 +58,7 @@ def _train(run: Run) -> bool:
         data_wait_s = time.perf_counter() - waiting_since
         result = train_step(run, batch)
         _count_step(run, result, batch)
-        _count_bad_images(run, bad_images, result, batch)
+        bad_images.add(result.agreed, batch.bad_images)
         _compare_replicas(run)
         meter.add(result, batch, data_wait_s)
 
@@ -96,13 +99,22 @@ def _count_step(run: Run, result: StepResult, batch: StepBatch) -> None:
     )
 
 
-def _count_bad_images(run: Run, bad_images: BadImageWatch, result: StepResult, batch: StepBatch) -> None:
-    """Count the step's bad images; save before giving up, so that the run can go on from here."""
+def _save_before_giving_up(run: Run, as_it_is: bool) -> None:
+    """Complete the checkpoint that was begun before an error that all ranks raise together; collective over all ranks.
+
+    One that cannot be written is a line in the log: the error, and its exit status, say why the run ends.
+
+    Args:
+        run: the run.
+        as_it_is: begin another first: the run can go on from here.
+    """
     try:
-        bad_images.add(result.agreed, batch.bad_images)
-    except TooManyBadImagesError:
-        save_checkpoint(run)
-        raise
+        if as_it_is:
+            save_checkpoint(run)
+        _finish_saving(run)
+    except CheckpointError as error:
+        if run.engine.groups.rank == 0:
+            logger.error("%s", error)
 
 
 def _compare_replicas(run: Run) -> None:

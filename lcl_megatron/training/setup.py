@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from lcl_megatron.checkpoint import native
+from lcl_megatron.checkpoint.folders import CONFIG_FILE, is_checkpoint
 from lcl_megatron.checkpoint.initial_weights import load_initial_weights
 from lcl_megatron.checkpoint.lease import Lease, LeaseError
 from lcl_megatron.checkpoint.saver import SaveError, Saver, remove_remains
@@ -119,12 +120,15 @@ def _hold_folder(config: RunConfig, groups: ProcessGroups, attempt: str) -> Iter
 
     Raises:
         LeaseError: another run writes into it; on all ranks.
-        SaveError: it cannot be written; on all ranks.
+        SaveError: it cannot be written, or is a checkpoint itself; on all ranks.
     """
     lease, held_by, failure = None, "", ""
     root = Path(config.checkpoint.save)
     if config.checkpoint.save and groups.rank == 0:
         try:
+            # A run there would never find what it saves: it would go on from this one for ever.
+            if is_checkpoint(root):
+                raise OSError(f"it is a checkpoint, by its name or its {CONFIG_FILE}; give the folder that holds it")
             lease = Lease(root, attempt)
             remove_remains(root)
         except LeaseError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import signal
@@ -92,6 +93,33 @@ def test_a_killed_process_is_noticed_and_replaced(writer: WriterProcess, tmp_pat
     writer.submit(tmp_path, [image("fourth", b"x")])
     assert writer.answer(wait_s=60) is not None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "fourth", "third"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_to_the_group_while_the_process_starts_costs_nothing(
+    number: signal.Signals, writer: WriterProcess, tmp_path: Path
+) -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    writer.submit(tmp_path, [image("file", b"x")])
+    assert writer.pid is not None
+    # It has just been started, and Python takes some 20 ms before its first line: no handler is there yet.
+    os.kill(writer.pid, number)
+    assert writer.answer(wait_s=60) is not None
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+
+def test_memory_comes_from_a_file_where_the_kernel_refuses_anonymous_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(name: str, flags: int = 0) -> int:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(os, "memfd_create", refuse, raising=False)
+    process = WriterProcess()
+    process.submit(tmp_path, [image("file", b"content")])
+    assert process.answer(wait_s=60) is not None
+    process.close()
+    assert (tmp_path / "file").read_bytes() == b"content"
 
 
 def test_without_a_process_there_is_no_answer(writer: WriterProcess) -> None:
