@@ -11,7 +11,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from torch import Tensor
 
-from lcl_megatron.checkpoint.parameters import VALUE, split_name
+from lcl_megatron.checkpoint.parameters import VALUE, optimizer_name, split_name
 from lcl_megatron.checkpoint.reader import DTYPES, CheckpointReader
 from lcl_megatron.checkpoint.shard_file import NewPiece, Region, file_header
 from lcl_megatron.checkpoint.writer_process import NewFile
@@ -59,15 +59,29 @@ def replica_of(entry: ShardedTensor) -> tuple[int, ...]:
     return replica if isinstance(replica, tuple) else (replica,)
 
 
-def fill(held: Iterable[Held], reader: CheckpointReader) -> None:
+def fill(held: Iterable[Held], reader: CheckpointReader, precise: bool = False) -> None:
     """Fill memory from a checkpoint of any layout.
+
+    Args:
+        held: what is filled.
+        reader: the checkpoint.
+        precise: fill float32 weights with the optimizer's values where the checkpoint's weights are rounded. A rank of
+            the distributed optimizer has those only of its share, and the replicas would begin with different weights.
 
     Raises:
         DamagedCheckpointError: a tensor is absent, has another shape, or a file is damaged.
     """
     with torch.no_grad():
         for one in held:
-            one.tensor.copy_(reader.region(one.name, one.region).view(one.tensor.shape))
+            name = _precise(one, reader) if precise else one.name
+            one.tensor.copy_(reader.region(name, one.region).view(one.tensor.shape))
+
+
+def _precise(one: Held, reader: CheckpointReader) -> str:
+    """Return the name of a tensor's float32 values if its memory holds such and the tensor of its own name does not."""
+    value, stored = optimizer_name(VALUE, one.name), reader.tensors.get(one.name)
+    is_rounded = stored is not None and stored.dtype != _NAMES[torch.float32]
+    return value if one.tensor.dtype == torch.float32 and is_rounded and value in reader.tensors else one.name
 
 
 def files_of(held: Iterable[Held], rank: int) -> list[NewFile]:

@@ -140,7 +140,7 @@ def load(checkpoint: Path, trainable: Trainable, verify: bool = True) -> Progres
     reader = CheckpointReader(checkpoint, verify)
     state = reader.state()
     check_architecture(checkpoint, trainable.engine.config)
-    fill(_held(trainable), reader)
+    fill(_held(trainable), reader, precise=True)
     set_adam_step(trainable.optimizer, int(state["adam_step"]))
     trainable.scheduler.load_state_dict(state["scheduler"])
     if trainable.guard is not None and state["guard"]:

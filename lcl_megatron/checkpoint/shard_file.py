@@ -158,7 +158,20 @@ def index_of(paths: Sequence[Path]) -> dict[str, StoredTensor]:
         held = sum(piece.region.numel for piece in tensor.pieces)
         if held != math.prod(tensor.shape):
             raise ValueError(f"{name} has {math.prod(tensor.shape)} elements, and the files hold {held} of it")
+        _require_whole_boxes(name, tensor)
     return tensors
+
+
+def _require_whole_boxes(name: str, tensor: StoredTensor) -> None:
+    """Raise ValueError unless the pieces of each box follow each other: one that is there twice must not hide a gap."""
+    boxes: dict[tuple[Shape, Shape], list[Region]] = {}
+    for piece in tensor.pieces:
+        boxes.setdefault((piece.region.offset, piece.region.size), []).append(piece.region)
+    for (offset, size), regions in boxes.items():
+        ordered = sorted(regions, key=lambda region: (region.begin, region.end))
+        borders = [0, *(border for region in ordered for border in (region.begin, region.end)), math.prod(size)]
+        if borders[::2] != borders[1::2]:
+            raise ValueError(f"{name}: elements of its box {list(size)} at {list(offset)} are in no file, or in two")
 
 
 def index_text(tensors: Mapping[str, StoredTensor]) -> str:

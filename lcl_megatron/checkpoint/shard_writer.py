@@ -4,7 +4,8 @@ The rank lays out its files in memory that both share, and goes on; this process
 says size and SHA-256 of each. Beside rank 0 it then completes the checkpoint: index, manifest, one rename. It does not
 outlive its rank. Nothing but the standard library is imported: it starts in a twentieth of a second.
 
-Requests and answers are lines of JSON on standard input and output. Started by ``writer_process.py``.
+Requests and answers are lines of JSON, on standard input and on a pipe of their own: what a site's start-up files or
+preloaded libraries print on standard output is no answer. Started by ``writer_process.py``.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ _LOOKS, _SECONDS_BETWEEN_LOOKS = 25, 0.2
 
 def main() -> None:
     """Answer requests until standard input ends."""
-    die_with_parent(int(sys.argv[2]))
+    shared, answers, parent = map(int, sys.argv[1:])
+    die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Signals to the whole process group are for the rank: it finishes its checkpoint, for which it needs this process.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    shared = int(sys.argv[1])
     for line in sys.stdin:
         request = json.loads(line)
         try:
@@ -53,8 +54,9 @@ def main() -> None:
         # Whatever it is, the rank has to hear of it.
         except Exception as error:
             answer = {"error": str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"}
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+        said = memoryview(json.dumps(answer).encode() + b"\n")
+        while said:
+            said = said[os.write(answers, said) :]
 
 
 def write(shared: int, folder: str, files: list[tuple[str, int, int]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -50,6 +51,8 @@ class WriterProcess:
         self._shared = _anonymous_file()
         self._memory: mmap.mmap | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._answers = -1
+        """Where it answers; open while there is a process."""
         self._received = b""
         self._began = 0.0
 
@@ -102,16 +105,16 @@ class WriterProcess:
             WriteError: the work failed or the process died; the message says what happened to which file.
         """
         process = self._process
-        if process is None or process.stdout is None:
+        if process is None:
             raise WriteError("the writer process is gone")
         end = time.monotonic() + wait_s
         while b"\n" not in self._received:
             # Not ``select``: it refuses descriptors above 1023, and a rank may have that many.
             poll = select.poll()
-            poll.register(process.stdout, select.POLLIN)
+            poll.register(self._answers, select.POLLIN)
             if not poll.poll(1000 * max(0.0, end - time.monotonic())):
                 return None
-            received = os.read(process.stdout.fileno(), 1 << 16)
+            received = os.read(self._answers, 1 << 16)
             if not received:
                 self._forget()
                 raise WriteError(f"the writer process {process.pid} died (exit status {process.returncode})")
@@ -166,7 +169,12 @@ class WriterProcess:
         if self._process is None:
             path = os.pathsep.join(filter(None, [str(_PACKAGE_ROOT), os.environ.get("PYTHONPATH", "")]))
             # -P: the folder of the script is not searched for modules.
-            command = [sys.executable, "-P", str(shard_writer.__file__), str(self._shared), str(os.getpid())]
+            try:
+                own, answers = os.pipe()
+            except OSError as error:
+                raise WriteError(f"the writer process cannot be started: {error}") from error
+            numbers = map(str, (self._shared, answers, os.getpid()))
+            command = [sys.executable, "-P", str(shard_writer.__file__), *numbers]
             # Inherited blocked: a request to stop comes more than once, and this process is often started for it. One
             # that came before it could ignore the signal would end it, and the last checkpoint with it.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_IT)
@@ -174,14 +182,16 @@ class WriterProcess:
                 self._process = subprocess.Popen(
                     command,
                     stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    pass_fds=[self._shared],
+                    pass_fds=[self._shared, answers],
                     env=os.environ | {"PYTHONPATH": path},
                 )
             except OSError as error:
+                os.close(own)
                 raise WriteError(f"the writer process cannot be started: {error}") from error
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
+                os.close(answers)
+            self._answers = own
         return self._process
 
     def _forget(self) -> None:
@@ -189,12 +199,11 @@ class WriterProcess:
         if self._process is not None:
             process, self._process, self._received = self._process, None, b""
             process.wait()
-            for stream in (process.stdin, process.stdout):
-                if stream is not None:
-                    try:
-                        stream.close()
-                    except OSError:
-                        continue  # what it never read is lost with it
+            os.close(self._answers)
+            self._answers = -1
+            if process.stdin is not None:
+                with contextlib.suppress(OSError):  # what it never read is lost with it
+                    process.stdin.close()
 
 
 def _anonymous_file() -> int:

@@ -187,8 +187,15 @@ def test_an_index_of_the_impossible_is_refused_though_its_hash_is_right(
 
 def test_a_piece_that_is_there_twice_does_not_make_up_for_a_gap(tmp_path: Path) -> None:
     whole = np.arange(24, dtype=np.float32)
-    regions = [replace(Region.whole((24,)), begin=begin, end=begin + 8) for begin in (0, 0, 16)]
+    regions = [replace(Region.whole((24,)), begin=begin, end=begin + 8) for begin in (0, 8, 16)]
+    twice = [regions[0], regions[0], regions[2]]
+    (tmp_path / "bad").mkdir()
+    with pytest.raises(ValueError, match=r"a: elements of its box \[24\] at \[0\] are in no file, or in two"):
+        write_checkpoint(tmp_path / "bad", {"a": (whole, twice)})
     checkpoint = write_checkpoint(tmp_path, {"a": (whole, regions)}, files=1)
+    index = json.loads((checkpoint / "index.json").read_text())
+    index["a"]["pieces"][1]["region"] |= {"begin": 0, "end": 8}
+    _rewrite(checkpoint, json.dumps(index))
     with pytest.raises(DamagedCheckpointError, match="8 of 24 values of a are there"):
         CheckpointReader(checkpoint).read(["a"])
 

@@ -108,6 +108,32 @@ def test_a_signal_to_the_group_while_the_process_starts_costs_nothing(
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
 
 
+def test_what_start_up_files_print_is_no_answer(
+    writer: WriterProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text("print('welcome to the cluster', flush=True)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for name in ("first", "second"):
+        writer.submit(tmp_path, [image(name, b"x")])
+        answer = writer.answer(wait_s=60)
+        assert answer is not None
+        assert answer["files"].keys() == {name}
+
+
+def test_processes_leave_no_descriptors_behind(tmp_path: Path) -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    for number in range(3):
+        process = WriterProcess()
+        process.submit(tmp_path, [image(str(number), b"x")])
+        assert process.answer(wait_s=60) is not None
+        process.kill()
+        process.submit(tmp_path / "absent", [image("file", b"x")])
+        with pytest.raises(WriteError):
+            process.answer(wait_s=60)
+        process.close()
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
 def test_memory_comes_from_a_file_where_the_kernel_refuses_anonymous_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
