@@ -29,6 +29,5 @@ def main() -> ExitStatus:
         return exit_status(run)
 
 
-# megatron-core's checkpoint writer starts a process that imports this file again.
 if __name__ == "__main__":
     sys.exit(main())

@@ -28,7 +28,7 @@ from torch import Tensor
 from lcl_megatron.checkpoint.convert import whole_model
 from lcl_megatron.checkpoint.convert.export_targets import ExportSource, Target, json_text, targets
 from lcl_megatron.checkpoint.convert.measurement import Measurement
-from lcl_megatron.checkpoint.folders import commit_folder
+from lcl_megatron.checkpoint.durable_files import commit_folder
 from lcl_megatron.checkpoint.manifest import CheckpointError
 from lcl_megatron.checkpoint.model_card import Card, card_text
 from lcl_megatron.checkpoint.parameters import PARTS

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lcl_megatron.checkpoint.manifest import STEP_FOLDER, CheckpointError, DamagedCheckpointError, flush_to_disk
+from lcl_megatron.checkpoint.manifest import STEP_FOLDER, CheckpointError, DamagedCheckpointError
 from lcl_megatron.config import RunConfig
 from lcl_megatron.config.toml import from_toml
 
@@ -32,6 +32,18 @@ def step_folder(root: str | Path, step: int) -> Path:
     return Path(root) / f"step-{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """Return the step that the name of a checkpoint's folder says: the inverse of ``step_folder``.
+
+    Raises:
+        CheckpointError: the folder has another name.
+    """
+    named = STEP_FOLDER.fullmatch(checkpoint.name)
+    if named is None:
+        raise CheckpointError(f"{checkpoint} is not called step-NNNNNNNN; give it the name that its run gave it")
+    return int(named[1])
+
+
 def complete_checkpoints(root: str | Path) -> list[Path]:
     """Return the checkpoints under ``root`` by their names, newest first, or ``root`` itself if it is one.
 
@@ -40,11 +52,16 @@ def complete_checkpoints(root: str | Path) -> list[Path]:
     root = Path(root)
     if not root.is_dir():
         return []
-    # By its name too: a checkpoint whose file is missing is a damaged one, and not none.
-    if (root / CONFIG_FILE).is_file() or STEP_FOLDER.fullmatch(root.resolve().name):
+    if is_checkpoint(root):
         return [root]
     complete = [folder for folder in root.iterdir() if STEP_FOLDER.fullmatch(folder.name) and folder.is_dir()]
-    return sorted(complete, key=lambda folder: int(folder.name.split("-")[1]), reverse=True)
+    return sorted(complete, key=step_of, reverse=True)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Return whether a folder, there or not, is taken for a checkpoint itself and not for one that holds some."""
+    # By its name too: a checkpoint whose file is missing is a damaged one, and not none.
+    return (folder / CONFIG_FILE).is_file() or STEP_FOLDER.fullmatch(folder.resolve().name) is not None
 
 
 def find_latest(root: str | Path) -> Path | None:
@@ -70,16 +87,3 @@ def read_config(checkpoint: Path) -> RunConfig:
         return from_toml(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError as error:
         raise DamagedCheckpointError(f"{path} is no text: {error}") from error
-
-
-def commit_folder(staging: Path, final: Path) -> None:
-    """Give a finished folder its name: when it has it, everything in it is on disk, whatever happens next.
-
-    Args:
-        staging: the folder, beside its final place; files in subfolders are flushed too.
-        final: its new name; must not exist.
-    """
-    for path in [*staging.rglob("*"), staging]:
-        flush_to_disk(path)
-    staging.rename(final)
-    flush_to_disk(final.parent)

@@ -11,14 +11,11 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from torch import Tensor
 
+from lcl_megatron.checkpoint.parameters import VALUE, optimizer_name, split_name
 from lcl_megatron.checkpoint.reader import DTYPES, CheckpointReader
-from lcl_megatron.checkpoint.shard_file import Entry, Region, file_header
-from lcl_megatron.checkpoint.writer_process import FileImage
+from lcl_megatron.checkpoint.shard_file import NewPiece, Region, file_header
+from lcl_megatron.checkpoint.writer_process import NewFile
 
-OPTIMIZER_PREFIX = "optimizer.state."
-"""Optimizer state of a parameter is called ``optimizer.state.KIND.PARAMETER``."""
-VALUE = "param"
-"""Kind of the float32 value."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -62,18 +59,32 @@ def replica_of(entry: ShardedTensor) -> tuple[int, ...]:
     return replica if isinstance(replica, tuple) else (replica,)
 
 
-def fill(held: Iterable[Held], reader: CheckpointReader) -> None:
+def fill(held: Iterable[Held], reader: CheckpointReader, precise: bool = False) -> None:
     """Fill memory from a checkpoint of any layout.
+
+    Args:
+        held: what is filled.
+        reader: the checkpoint.
+        precise: fill float32 weights with the optimizer's values where the checkpoint's weights are rounded. A rank of
+            the distributed optimizer has those only of its share, and the replicas would begin with different weights.
 
     Raises:
         DamagedCheckpointError: a tensor is absent, has another shape, or a file is damaged.
     """
     with torch.no_grad():
         for one in held:
-            one.tensor.copy_(reader.region(one.name, one.region).view(one.tensor.shape))
+            name = _precise(one, reader) if precise else one.name
+            one.tensor.copy_(reader.region(name, one.region).view(one.tensor.shape))
 
 
-def images_of(held: Iterable[Held], rank: int) -> list[FileImage]:
+def _precise(one: Held, reader: CheckpointReader) -> str:
+    """Return the name of a tensor's float32 values if its memory holds such and the tensor of its own name does not."""
+    value, stored = optimizer_name(VALUE, one.name), reader.tensors.get(one.name)
+    is_rounded = stored is not None and stored.dtype != _NAMES[torch.float32]
+    return value if one.tensor.dtype == torch.float32 and is_rounded and value in reader.tensors else one.name
+
+
+def files_of(held: Iterable[Held], rank: int) -> list[NewFile]:
     """Return the files that a rank writes: ``PART-KIND-RANK.safetensors``.
 
     ``PART`` is a part of the model (vision, pool, language, logit_scale). ``KIND`` is ``weights``, with the float32
@@ -82,23 +93,20 @@ def images_of(held: Iterable[Held], rank: int) -> list[FileImage]:
     files: dict[str, list[Held]] = defaultdict(list)
     for one in held:
         if one.is_written and one.region.numel:
-            files[f"{_file_of(one.name)}-{rank:05d}.safetensors"].append(one)
-    return [_image_of(name, pieces) for name, pieces in files.items()]
+            files[f"{_file_stem(one.name)}-{rank:05d}.safetensors"].append(one)
+    return [_new_file(name, pieces) for name, pieces in files.items()]
 
 
-def _file_of(name: str) -> str:
-    kind, parameter = "weights", name
-    if name.startswith(OPTIMIZER_PREFIX):
-        of, _, parameter = name.removeprefix(OPTIMIZER_PREFIX).partition(".")
-        kind = "weights" if of == VALUE else "moments"
-    return f"{parameter.split('.')[0]}-{kind}"
+def _file_stem(name: str) -> str:
+    kind, parameter = split_name(name)
+    return f"{parameter.split('.')[0]}-{'weights' if kind in ('', VALUE) else 'moments'}"
 
 
-def _image_of(name: str, pieces: Sequence[Held]) -> FileImage:
+def _new_file(name: str, pieces: Sequence[Held]) -> NewFile:
     # Wide elements first: nothing is then read or written across the alignment of its type.
     pieces = sorted(pieces, key=lambda one: -one.tensor.element_size())
     header = file_header(
-        [Entry(one.name, one.region, _NAMES[one.tensor.dtype], one.tensor.element_size()) for one in pieces]
+        [NewPiece(one.name, one.region, _NAMES[one.tensor.dtype], one.tensor.element_size()) for one in pieces]
     )
 
     def fill_in(memory: memoryview) -> None:
@@ -109,4 +117,4 @@ def _image_of(name: str, pieces: Sequence[Held]) -> FileImage:
             place.copy_(one.tensor.reshape(-1))
             position += one.region.numel * one.tensor.element_size()
 
-    return FileImage(name, len(header) + sum(one.region.numel * one.tensor.element_size() for one in pieces), fill_in)
+    return NewFile(name, len(header) + sum(one.region.numel * one.tensor.element_size() for one in pieces), fill_in)

@@ -28,6 +28,7 @@ BEAT_S = 3.0
 EXPIRES_S = 30.0
 """Without one for so long, the owner is taken for dead."""
 _POLL_S = 0.2
+_PROC = Path("/proc")
 
 
 class LeaseError(CheckpointError):
@@ -58,11 +59,11 @@ class Owner:
 
     def is_gone(self) -> bool:
         """Whether it is known not to live any more: a process of this machine that has ended."""
-        if self.host != socket.gethostname() or not (self.boot and self.namespace and self.born):
+        # A host of this name that was started another time may be another machine: containers' names are not unique.
+        here = (socket.gethostname(), _boot(), _namespace())
+        if not all(here) or (self.host, self.boot, self.namespace) != here or not self.born:
             return False
-        if self.boot != _boot():
-            return True
-        return self.namespace == _namespace() and self.born != _born(self.pid)
+        return self.born != _born(self.pid) and not _is_hidden(self.pid)
 
 
 class Lease:
@@ -131,7 +132,8 @@ class Lease:
         """Return the descriptor of a lease that is this process's."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         mine = self.path.with_name(f"{LEASE_FILE}-{self._owner.attempt}")
-        descriptor = os.open(mine, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        # Synchronous: on a network file system the others would else see a sign of life when the cache is flushed.
+        descriptor = os.open(mine, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_DSYNC, 0o644)
         try:
             os.write(descriptor, _content(self._owner, 0))
             while True:
@@ -168,12 +170,11 @@ class Lease:
                     f"{self.path.parent} is being written by another run: process {now[0].pid} on {now[0].host}. Wait "
                     f"for it, stop it, or give another --save"
                 )
-        # Put aside before it is removed: if another run was faster, it is the other's lease, and comes back.
+        # Put aside before it is removed: if it is another run's by now, or has shown life since, it comes back.
         aside = self.path.with_name(f"{LEASE_FILE}-old-{self._owner.attempt}")
         with contextlib.suppress(FileNotFoundError):
             os.rename(self.path, aside)
-            found = _read(aside)
-            if found is not None and found[0] != owner:
+            if _read(aside) not in (None, first):
                 with contextlib.suppress(FileExistsError):
                     os.link(aside, self.path)
             aside.unlink()
@@ -192,36 +193,51 @@ def _content(owner: Owner, beat: int) -> bytes:
 
 
 def _read(path: Path) -> tuple[Owner, str] | None:
-    """Return owner and counter of a lease; None if there is none."""
+    """Return owner and counter of a lease; None if there is none. Of an unreadable one, its text is the counter."""
+    text = ""
     for _ in range(5):
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8", errors="replace")
+            content = json.loads(text)
             beat = str(content.pop("beat"))
             return Owner(**content), beat
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             time.sleep(0.05)  # it is being written
-    return Owner("unreadable", "an unknown host", "", "", 0, ""), ""
+    # Of another version of this package, whose run lives if its text changes.
+    return Owner("unreadable", "an unknown host", "", "", 0, ""), text
 
 
 def _boot() -> str:
     with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return (_PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return ""
 
 
 def _namespace() -> str:
     with contextlib.suppress(OSError):
-        return os.readlink("/proc/self/ns/pid")
+        return os.readlink(_PROC / "self/ns/pid")
     return ""
 
 
 def _born(pid: int) -> str:
     """Return when a process began; empty if it has ended, or nothing is known."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        fields = (_PROC / f"{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return ""
     # A zombie has ended, though its parent has not asked yet.
     return "" if fields[0] in "ZX" else fields[19]
+
+
+def _is_hidden(pid: int) -> bool:
+    """Whether there is a process of which ``/proc`` tells nothing, as of other users' where it is so mounted."""
+    if (_PROC / str(pid)).exists():
+        return False
+    with contextlib.suppress(PermissionError):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+    return True

@@ -86,7 +86,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} has no {MANIFEST_FILE}: it is no complete checkpoint of this version"
         ) from error
     # Damaged JSON raises nearly anything, down to RecursionError.
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ArithmeticError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpointError(f"{path} is damaged: {type(error).__name__} {error}") from error
     if found != (FORMAT, FORMAT_VERSION):
         raise DamagedCheckpointError(f"{path}: format {found}; this version reads {(FORMAT, FORMAT_VERSION)}")
@@ -95,7 +95,7 @@ def read_manifest(folder: Path) -> Manifest:
     named = STEP_FOLDER.fullmatch(folder.name)
     if named and int(named[1]) != manifest.step:
         raise DamagedCheckpointError(f"{path} belongs to step {manifest.step}, and not to a folder of this name")
-    if outside := [name for name in files if PurePath(name).name != name]:
+    if outside := [name for name in files if PurePath(name).name != name or name in ("", "..") or "\0" in name]:
         raise DamagedCheckpointError(f"{path} names files outside the checkpoint: {outside[0]!r}")
     return manifest
 
@@ -134,15 +134,6 @@ def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, as hex."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def flush_to_disk(path: Path) -> None:
-    """Make a file's content, or a folder's names, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_file(path: Path, content: memoryview | bytes) -> FileEntry:

@@ -30,37 +30,19 @@ from lcl_megatron.checkpoint.folders import (
     CONFIG_FILE,
     TOKENIZER_FILE,
     Progress,
-    find_latest,
     read_config,
     step_folder,
 )
-from lcl_megatron.checkpoint.held import Held, fill, held_weights, images_of
+from lcl_megatron.checkpoint.held import Held, files_of, fill, held_weights
 from lcl_megatron.checkpoint.manifest import CheckpointError
 from lcl_megatron.checkpoint.optimizer_state import adam_step, held_state, set_adam_step
 from lcl_megatron.checkpoint.reader import STATE_FILE, CheckpointReader
 from lcl_megatron.checkpoint.saver import Saver
-from lcl_megatron.checkpoint.writer_process import FileImage
+from lcl_megatron.checkpoint.writer_process import NewFile
 from lcl_megatron.config import CheckpointConfig, RunConfig
 from lcl_megatron.config.toml import to_toml
 from lcl_megatron.config.validate import architecture, architecture_difference
-from lcl_megatron.model.lcl import LCLModel
 from lcl_megatron.parallel.engine import Engine
-
-__all__ = [
-    "CONFIG_FILE",
-    "TOKENIZER_FILE",
-    "CheckpointError",
-    "Progress",
-    "Trainable",
-    "check_architecture",
-    "find_latest",
-    "images",
-    "load",
-    "load_model",
-    "read_config",
-    "save",
-    "step_folder",
-]
 
 
 class Stateful(Protocol):
@@ -98,7 +80,7 @@ def check_architecture(checkpoint: Path, config: RunConfig) -> None:
         )
 
 
-def images(trainable: Trainable, progress: Progress, tokenizer: bytes) -> list[FileImage]:
+def files(trainable: Trainable, progress: Progress, tokenizer: bytes) -> list[NewFile]:
     """Return the files that this rank writes of a checkpoint; no communication.
 
     Args:
@@ -107,7 +89,7 @@ def images(trainable: Trainable, progress: Progress, tokenizer: bytes) -> list[F
         tokenizer: SentencePiece model of the corpus.
     """
     rank = trainable.engine.groups.rank
-    files = images_of(_held(trainable), rank)
+    new = files_of(_held(trainable), rank)
     if rank == 0:
         state = {
             "progress": asdict(progress),
@@ -115,12 +97,12 @@ def images(trainable: Trainable, progress: Progress, tokenizer: bytes) -> list[F
             "adam_step": adam_step(trainable.optimizer),
             "guard": trainable.guard.state_dict() if trainable.guard is not None else {},
         }
-        files += [
-            _image(STATE_FILE, json.dumps(state, indent=1).encode()),
-            _image(CONFIG_FILE, to_toml(trainable.engine.config).encode()),
-            _image(TOKENIZER_FILE, tokenizer),
+        new += [
+            _file(STATE_FILE, json.dumps(state, indent=1).encode()),
+            _file(CONFIG_FILE, to_toml(trainable.engine.config).encode()),
+            _file(TOKENIZER_FILE, tokenizer),
         ]
-    return files
+    return new
 
 
 def save(root: str | Path, trainable: Trainable, progress: Progress, tokenizer: bytes) -> Path:
@@ -136,7 +118,7 @@ def save(root: str | Path, trainable: Trainable, progress: Progress, tokenizer: 
     config = CheckpointConfig(save=str(root), on_save_error="stop")
     saver = Saver(config, groups, groups.shared_nonce(), lease=None)
     try:
-        saver.begin(progress.step, lambda: images(trainable, progress, tokenizer))
+        saver.begin(progress.step, lambda: files(trainable, progress, tokenizer))
         saver.finish()
     finally:
         saver.close()
@@ -158,7 +140,7 @@ def load(checkpoint: Path, trainable: Trainable, verify: bool = True) -> Progres
     reader = CheckpointReader(checkpoint, verify)
     state = reader.state()
     check_architecture(checkpoint, trainable.engine.config)
-    fill(_held(trainable), reader)
+    fill(_held(trainable), reader, precise=True)
     set_adam_step(trainable.optimizer, int(state["adam_step"]))
     trainable.scheduler.load_state_dict(state["scheduler"])
     if trainable.guard is not None and state["guard"]:
@@ -179,19 +161,16 @@ def _held(trainable: Trainable) -> list[Held]:
     return [*held_weights(model), *held_state(trainable.optimizer, model)]
 
 
-def _image(name: str, content: bytes) -> FileImage:
+def _file(name: str, content: bytes) -> NewFile:
     def fill_in(memory: memoryview) -> None:
         memory[:] = content
 
-    return FileImage(name, len(content), fill_in)
+    return NewFile(name, len(content), fill_in)
 
 
 def model_state(engine: Engine) -> ShardedStateDict:
     """Return this rank's part of the model's tensors, sharded, named as in a checkpoint; they share its memory."""
-    return {name: tensor for model in engine.models for name, tensor in _stage_state(engine, model).items()}
-
-
-def _stage_state(engine: Engine, model: LCLModel) -> ShardedStateDict:
-    """Return the part of ``model_state`` that is in one stage."""
-    state: ShardedStateDict = model.sharded_state_dict(metadata={"dp_cp_group": engine.groups.collection.dp_cp})
+    state: ShardedStateDict = {}
+    for model in engine.models:
+        state |= model.sharded_state_dict(metadata={"dp_cp_group": engine.groups.collection.dp_cp})
     return state

@@ -18,7 +18,9 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
-from lcl_megatron.checkpoint.held import OPTIMIZER_PREFIX, VALUE, Held, box_of, replica_of
+from lcl_megatron.checkpoint.held import Held, box_of, replica_of
+from lcl_megatron.checkpoint.parameters import VALUE, optimizer_name
+from lcl_megatron.parallel.gradient_norm import optimizer_parts
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Names of Adam's moments in every implementation."""
@@ -35,7 +37,7 @@ def held_state(optimizer: MegatronOptimizer, model: ShardedStateDict) -> list[He
     """
     sharded = {entry.data: entry for entry in _sharded_parameters(model)}
     held = []
-    for part in _parts(optimizer):
+    for part in optimizer_parts(optimizer):
         _allocate_moments(part.optimizer)
         held += list(_shares(part, sharded) if isinstance(part, DistributedOptimizer) else _whole(part, sharded))
     return held
@@ -43,14 +45,14 @@ def held_state(optimizer: MegatronOptimizer, model: ShardedStateDict) -> list[He
 
 def adam_step(optimizer: MegatronOptimizer) -> int:
     """Return how many steps Adam has taken; skipped ones are not among them."""
-    steps = {_step(part.optimizer) for part in _parts(optimizer)}
+    steps = {_step(part.optimizer) for part in optimizer_parts(optimizer)}
     assert len(steps) <= 1, f"parts of the optimizer have taken different numbers of steps: {sorted(steps)}"
     return steps.pop() if steps else 0
 
 
 def set_adam_step(optimizer: MegatronOptimizer, step: int) -> None:
     """Set how many steps Adam has taken."""
-    for part in _parts(optimizer):
+    for part in optimizer_parts(optimizer):
         for group, parameter in _parameters(part.optimizer):
             if _counts_per_parameter(part.optimizer):
                 # A tensor for each: Adam increments it in place.
@@ -72,7 +74,7 @@ def _shares(part: DistributedOptimizer, sharded: dict[nn.Parameter, ShardedTenso
                 is_written = all(rank == 0 for rank in replica_of(entry)[:-1])
                 tensors = part._get_main_param_and_optimizer_states(parameter)
                 for kind in (VALUE, *MOMENTS):
-                    yield Held(_name(kind, entry), region, tensors[kind].detach(), is_written)
+                    yield Held(optimizer_name(kind, entry.key), region, tensors[kind].detach(), is_written)
 
 
 def _whole(part: MegatronOptimizer, sharded: dict[nn.Parameter, ShardedTensor]) -> Iterator[Held]:
@@ -84,16 +86,7 @@ def _whole(part: MegatronOptimizer, sharded: dict[nn.Parameter, ShardedTensor]) 
         tensors = {VALUE: value, **{kind: adam.state[value][kind] for kind in MOMENTS}}
         is_written = all(rank == 0 for rank in replica_of(entry))
         for kind, tensor in tensors.items():
-            yield Held(_name(kind, entry), box_of(entry), tensor.detach(), is_written)
-
-
-def _name(kind: str, entry: ShardedTensor) -> str:
-    return f"{OPTIMIZER_PREFIX}{kind}.{entry.key}"
-
-
-def _parts(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
-    """Yield the optimizers that a chained optimizer consists of."""
-    yield from getattr(optimizer, "chained_optimizers", [optimizer])
+            yield Held(optimizer_name(kind, entry.key), box_of(entry), tensor.detach(), is_written)
 
 
 def _parameters(adam: torch.optim.Optimizer) -> Iterator[tuple[dict[str, Any], nn.Parameter]]:

@@ -11,9 +11,24 @@ from lcl_megatron.config import LanguageConfig, RunConfig, VisionConfig
 
 Shape = tuple[int, ...]
 
-
 PARTS = ("vision", "pool", "language", "logit_scale")
 """Parts of the model that weights may hold or lack; a parameter's part is its name up to the first dot."""
+VALUE = "param"
+"""Kind of optimizer state: the float32 value of a parameter."""
+_OPTIMIZER_PREFIX = "optimizer.state."
+
+
+def optimizer_name(kind: str, parameter: str) -> str:
+    """Return what a checkpoint calls optimizer state of a parameter, such as its ``exp_avg``."""
+    return f"{_OPTIMIZER_PREFIX}{kind}.{parameter}"
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Return kind and parameter of a name in a checkpoint; of a parameter itself the kind is empty."""
+    if not name.startswith(_OPTIMIZER_PREFIX):
+        return "", name
+    kind, _, parameter = name.removeprefix(_OPTIMIZER_PREFIX).partition(".")
+    return kind, parameter
 
 
 def parameter_shapes(config: RunConfig, parts: Collection[str] = PARTS) -> dict[str, Shape]:

@@ -19,15 +19,15 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lcl_megatron.checkpoint.folders import step_folder
 from lcl_megatron.checkpoint.lease import Lease, LeaseError
-from lcl_megatron.checkpoint.manifest import CheckpointError
+from lcl_megatron.checkpoint.manifest import CheckpointError, DamagedCheckpointError, read_manifest
 from lcl_megatron.checkpoint.shard_writer import PRUNED_PREFIX, STAGING_PREFIX
-from lcl_megatron.checkpoint.writer_process import FileImage, WriteError, WriterProcess
+from lcl_megatron.checkpoint.writer_process import NewFile, WriteError, WriterProcess
 from lcl_megatron.config import CheckpointConfig
 from lcl_megatron.parallel.groups import ProcessGroups
 
@@ -35,10 +35,26 @@ logger = logging.getLogger(__name__)
 
 _WAIT_S = 2.0
 """Longest wait between two agreements while a run does nothing but wait for its checkpoint."""
+_NAMED_RANKS = 8
+"""Ranks whose errors are told; on a full disk all have the same."""
 
 
 class SaveError(CheckpointError):
     """A checkpoint could not be written; the one before is whole."""
+
+
+@dataclass(kw_only=True)
+class _Prepared:
+    """What rank 0 finds when a checkpoint is to begin, and tells all ranks."""
+
+    staging: str = ""
+    """The folder that was made for it; empty = none was."""
+    exists: bool = False
+    """It has been saved before."""
+    taken_over: str = ""
+    """Another run holds the folder of checkpoints: why this one may not write."""
+    error: str = ""
+    """Why the staging folder could not be made."""
 
 
 @dataclass
@@ -57,7 +73,6 @@ class _Pending:
     """What this rank's writer process has answered to its present task."""
     error: str = ""
     """Why this rank could not do its part."""
-    files: dict[str, Any] = field(default_factory=dict)
 
 
 class Saver:
@@ -88,14 +103,14 @@ class Saver:
         """Whether a checkpoint is being written."""
         return self._pending is not None
 
-    def begin(self, step: int, make_images: Callable[[], Sequence[FileImage]]) -> None:
+    def begin(self, step: int, make_files: Callable[[], Sequence[NewFile]]) -> None:
         """Begin to write a checkpoint; returns when this rank's part is copied.
 
         Nothing happens if this step has been saved before: a checkpoint is never written in place.
 
         Args:
             step: optimizer steps done.
-            make_images: this rank's files; called only if they are needed.
+            make_files: this rank's files; called only if they are needed.
 
         Raises:
             LeaseError: another run has taken over the folder.
@@ -103,23 +118,24 @@ class Saver:
         """
         began = time.monotonic()
         self.finish()
-        said = json.loads(self._groups.first_rank_text(json.dumps(self._prepared(step))))
-        if said["taken_over"]:
-            raise LeaseError(said["taken_over"])
-        if said["exists"]:
+        prepared = _Prepared(**json.loads(self._groups.first_rank_text(json.dumps(asdict(self._prepare(step))))))
+        if prepared.taken_over:
+            raise LeaseError(prepared.taken_over)
+        if prepared.exists:
             return
-        self._pending = pending = _Pending(step, None, began, error=said["error"])
-        if pending.error:
+        self._pending = pending = _Pending(step, None, began)
+        if prepared.error:
+            pending.error = "" if self._groups.rank else prepared.error
             self._give_up(pending)
             return
-        pending.staging = Path(said["staging"])
+        pending.staging = Path(prepared.staging)
         try:
-            self.writer.submit(pending.staging, make_images())
+            self.writer.submit(pending.staging, make_files())
         except WriteError as error:
             pending.error = str(error)
         pending.stall_s = time.monotonic() - began
 
-    def word(self, wait_s: float = 0.0) -> tuple[bool, bool]:
+    def poll(self, wait_s: float = 0.0) -> tuple[bool, bool]:
         """Return whether this rank is still writing, and whether it failed; for the step's agreement.
 
         Args:
@@ -131,7 +147,7 @@ class Saver:
         if pending.answer is None and not pending.error:
             try:
                 pending.answer = self.writer.answer(wait_s)
-                if pending.answer is None and self.writer.seconds > 60 * self._config.save_timeout_minutes:
+                if pending.answer is None and self.writer.busy_s > 60 * self._config.save_timeout_minutes:
                     self.writer.kill()
                     raise WriteError(
                         f"it was not written within checkpoint.save_timeout_minutes = "
@@ -162,7 +178,8 @@ class Saver:
             self._pending = None
             self.durable_step, self.failures = pending.step, 0
             if self._groups.rank == 0:
-                pruned = ", ".join((pending.answer or {}).get("pruned", ()))
+                answer = pending.answer or {}
+                pruned = ", ".join(answer.get("pruned", ()))
                 logger.info(
                     "saved %s in %.1f s (training waited %.2f s)%s",
                     step_folder(self.root, pending.step),
@@ -170,6 +187,8 @@ class Saver:
                     pending.stall_s,
                     f"; deleted {pruned}" if pruned else "",
                 )
+                for reason in answer.get("not_pruned", ()):
+                    logger.warning("an old checkpoint could not be deleted: %s", reason)
 
     def finish(self) -> None:
         """Wait until the checkpoint that is being written, if there is one, is complete or has failed.
@@ -178,42 +197,45 @@ class Saver:
             SaveError: it failed, and ``checkpoint.on_save_error`` is ``stop``.
         """
         while self._pending is not None:
-            writing, failed = self._groups.any_rank(*self.word(_WAIT_S))
+            writing, failed = self._groups.any_rank(*self.poll(_WAIT_S))
             self.advance(writing, failed)
 
     def require_success(self) -> None:
         """Raise SaveError if the last checkpoint failed."""
         if self.failures:
+            count = "checkpoint" if self.failures == 1 else f"{self.failures} checkpoints"
             last = "none" if self.durable_step is None else f"step {self.durable_step}"
             raise SaveError(
-                f"the last {self.failures} checkpoints could not be written to {self.root} (messages above); last one "
-                f"that this run completed: {last}"
+                f"the last {count} could not be written to {self.root} (messages above); last one that this run "
+                f"completed: {last}. See to the folder, and start the run again"
             )
 
     def close(self) -> None:
         """End the writer process; a checkpoint that is not complete is lost."""
         self.writer.close()
 
-    def _prepared(self, step: int) -> dict[str, Any]:
+    def _prepare(self, step: int) -> _Prepared:
         """Make the staging folder, on rank 0, which decides for all: file systems show nodes different things."""
-        said: dict[str, Any] = {"exists": False, "staging": "", "error": "", "taken_over": ""}
         if self._groups.rank:
-            return said
+            return _Prepared()
         try:
             if self._lease is not None:
                 self._lease.renew()
             final = step_folder(self.root, step)
-            said["exists"] = final.exists()
-            if not said["exists"]:
-                staging = self.root / f"{STAGING_PREFIX}{final.name}-{self._attempt}"
-                shutil.rmtree(staging, ignore_errors=True)
-                staging.mkdir(parents=True)
-                said["staging"] = str(staging)
+            if final.exists():
+                # Else the run would end well, and with nothing saved.
+                read_manifest(final)
+                return _Prepared(exists=True)
+            staging = self.root / f"{STAGING_PREFIX}{final.name}-{self._attempt}"
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
         except LeaseError as error:
-            said["taken_over"] = str(error)
+            return _Prepared(taken_over=str(error))
+        except DamagedCheckpointError as error:
+            return _Prepared(error=f"{error}; it is in the way: move it away")
         except OSError as error:
-            said["error"] = str(error)
-        return said
+            return _Prepared(error=str(error))
+        return _Prepared(staging=str(staging))
 
     def _complete(self, pending: _Pending) -> None:
         """Have rank 0's writer process complete a checkpoint whose files are all on disk."""
@@ -240,21 +262,24 @@ class Saver:
         """Forget a checkpoint that some rank could not write."""
         self._pending = None
         self.failures += 1
-        if pending.answer is None and not pending.error:
+        if pending.staging is not None and pending.answer is None and not pending.error:
             self.writer.kill()
         own = f"{self._groups.describe()}: {pending.error}" if pending.error else ""
-        reasons = "; ".join(dict.fromkeys(filter(None, self._groups.gather_texts(own))))
+        told = list(filter(None, self._groups.gather_texts(own)))
+        more = len(told) - _NAMED_RANKS
+        reasons = "; ".join([*told[:_NAMED_RANKS], *([f"and {more} more ranks"] if more > 0 else [])])
         if self._groups.rank == 0 and pending.staging is not None:
             shutil.rmtree(pending.staging, ignore_errors=True)
         message = f"the checkpoint of step {pending.step} could not be written to {self.root}: {reasons}"
         if self._config.on_save_error == "stop":
             raise SaveError(f"{message}. The one before is whole; --on-save-error continue trains on")
         if self._groups.rank == 0:
-            logger.error("%s; training goes on, the next attempt is at the next interval", message)
+            logger.error("%s; training goes on, and the next one is written after the next interval", message)
 
 
 def remove_remains(root: Path) -> None:
     """Delete what runs that were killed have left; whoever holds the folder's lease may."""
     for prefix in (STAGING_PREFIX, PRUNED_PREFIX):
-        for path in root.glob(f"{prefix}*"):
+        # Of checkpoints: other things, such as weights that somebody exports to here, are made under such names too.
+        for path in root.glob(f"{prefix}step-*"):
             shutil.rmtree(path, ignore_errors=True)

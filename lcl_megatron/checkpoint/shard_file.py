@@ -1,7 +1,7 @@
 """Files of tensor pieces, in safetensors format, and the index of all of a checkpoint's files.
 
 A *piece* is what one rank writes of one tensor: a box of it, or a range of a box's elements in row-major order (the
-distributed optimizer's share). The file's metadata says of each entry to which tensor it belongs and where it lies
+distributed optimizer's share). The file's metadata says of each piece to which tensor it belongs and where it lies
 there, so the files explain themselves: any safetensors reader opens them. ``index.json`` gathers this of all files.
 
 Only the standard library is needed: the writer process imports this module.
@@ -55,7 +55,7 @@ class Region:
 
 
 @dataclass(frozen=True)
-class Entry:
+class NewPiece:
     """A piece in a file that is to be written."""
 
     tensor: str
@@ -69,7 +69,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredPiece:
     """A piece in a file of a checkpoint."""
 
     file: str
@@ -88,31 +88,31 @@ class StoredTensor:
     """Dtype in safetensors' spelling."""
     shape: Shape
     """Shape of the whole tensor."""
-    pieces: tuple[Stored, ...]
+    pieces: tuple[StoredPiece, ...]
     """Where it lies."""
 
 
-def file_header(entries: Sequence[Entry]) -> bytes:
+def file_header(pieces: Sequence[NewPiece]) -> bytes:
     """Return what stands in front of the bytes of some pieces, which follow in this order without gaps."""
     header: dict[str, Any] = {}
-    pieces: dict[str, Any] = {}
+    places: dict[str, Any] = {}
     position = 0
-    for number, entry in enumerate(entries):
-        region = entry.region
+    for number, piece in enumerate(pieces):
+        region = piece.region
         is_box = region.numel == math.prod(region.size)
-        name = entry.tensor if region == Region.whole(region.shape) else f"{entry.tensor}#{number}"
-        end = position + region.numel * entry.itemsize
+        name = piece.tensor if region == Region.whole(region.shape) else f"{piece.tensor}#{number}"
+        end = position + region.numel * piece.itemsize
         shape = list(region.size) if is_box else [region.numel]
-        header[name] = {"dtype": entry.dtype, "shape": shape, "data_offsets": [position, end]}
-        pieces[name] = {"tensor": entry.tensor} | asdict(region)
+        header[name] = {"dtype": piece.dtype, "shape": shape, "data_offsets": [position, end]}
+        places[name] = {"tensor": piece.tensor} | asdict(region)
         position = end
-    header["__metadata__"] = {"format": "pt", _PIECES: json.dumps(pieces)}
+    header["__metadata__"] = {"format": "pt", _PIECES: json.dumps(places)}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
 
-def read_pieces(path: Path) -> list[tuple[str, str, Stored]]:
+def read_pieces(path: Path) -> list[tuple[str, str, StoredPiece]]:
     """Return name of the tensor, dtype and place of every piece of a file.
 
     Raises:
@@ -131,11 +131,11 @@ def read_pieces(path: Path) -> list[tuple[str, str, Stored]]:
             (
                 str(piece["tensor"]),
                 str(header[name]["dtype"]),
-                Stored(path.name, _region(piece), begin + int(header[name]["data_offsets"][0])),
+                StoredPiece(path.name, _region(piece), begin + int(header[name]["data_offsets"][0])),
             )
             for name, piece in pieces.items()
         ]
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (ArithmeticError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not a file of tensor pieces: {type(error).__name__} {error}") from error
 
 
@@ -158,7 +158,20 @@ def index_of(paths: Sequence[Path]) -> dict[str, StoredTensor]:
         held = sum(piece.region.numel for piece in tensor.pieces)
         if held != math.prod(tensor.shape):
             raise ValueError(f"{name} has {math.prod(tensor.shape)} elements, and the files hold {held} of it")
+        _require_whole_boxes(name, tensor)
     return tensors
+
+
+def _require_whole_boxes(name: str, tensor: StoredTensor) -> None:
+    """Raise ValueError unless the pieces of each box follow each other: one that is there twice must not hide a gap."""
+    boxes: dict[tuple[Shape, Shape], list[Region]] = {}
+    for piece in tensor.pieces:
+        boxes.setdefault((piece.region.offset, piece.region.size), []).append(piece.region)
+    for (offset, size), regions in boxes.items():
+        ordered = sorted(regions, key=lambda region: (region.begin, region.end))
+        borders = [0, *(border for region in ordered for border in (region.begin, region.end)), math.prod(size)]
+        if borders[::2] != borders[1::2]:
+            raise ValueError(f"{name}: elements of its box {list(size)} at {list(offset)} are in no file, or in two")
 
 
 def index_text(tensors: Mapping[str, StoredTensor]) -> str:
@@ -179,11 +192,11 @@ def read_index(path: Path) -> dict[str, StoredTensor]:
             name: StoredTensor(
                 str(tensor["dtype"]),
                 _shape(tensor["shape"]),
-                tuple(Stored(str(p["file"]), _region(p["region"]), int(p["position"])) for p in tensor["pieces"]),
+                tuple(StoredPiece(str(p["file"]), _region(p["region"]), int(p["position"])) for p in tensor["pieces"]),
             )
             for name, tensor in content.items()
         }
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (ArithmeticError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not the index of a checkpoint: {type(error).__name__} {error}") from error
 
 

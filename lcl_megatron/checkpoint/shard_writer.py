@@ -4,12 +4,12 @@ The rank lays out its files in memory that both share, and goes on; this process
 says size and SHA-256 of each. Beside rank 0 it then completes the checkpoint: index, manifest, one rename. It does not
 outlive its rank. Nothing but the standard library is imported: it starts in a twentieth of a second.
 
-Requests and answers are lines of JSON on standard input and output. Started by ``writer_process.py``.
+Requests and answers are lines of JSON, on standard input and on a pipe of their own: what a site's start-up files or
+preloaded libraries print on standard output is no answer. Started by ``writer_process.py``.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import mmap
 import os
@@ -20,30 +20,33 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lcl_megatron.checkpoint.durable_files import flush_to_disk
 from lcl_megatron.checkpoint.manifest import (
     MANIFEST_FILE,
     STEP_FOLDER,
     FileEntry,
     Manifest,
-    flush_to_disk,
     write_file,
 )
 from lcl_megatron.checkpoint.shard_file import INDEX_FILE, index_of, index_text
+from lcl_megatron.parallel.parent_process import die_with_parent
 
-PIECES_SUFFIX = ".safetensors"
-_ATTEMPTS_TO_SEE, _SECONDS_BETWEEN = 25, 0.2
-PRUNED_PREFIX = ".pruned-"
 STAGING_PREFIX = ".staging-"
+"""Begin of the name of a folder that is being written."""
+PRUNED_PREFIX = ".pruned-"
+"""Begin of the name of a folder that is being deleted."""
+PIECES_SUFFIX = ".safetensors"
+_LOOKS, _SECONDS_BETWEEN_LOOKS = 25, 0.2
 
 
 def main() -> None:
     """Answer requests until standard input ends."""
-    _die_with_parent(int(sys.argv[2]))
+    shared, answers, parent = map(int, sys.argv[1:])
+    die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Signals to the whole process group are for the rank: it finishes its checkpoint, for which it needs this process.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    shared = int(sys.argv[1])
     for line in sys.stdin:
         request = json.loads(line)
         try:
@@ -51,8 +54,9 @@ def main() -> None:
         # Whatever it is, the rank has to hear of it.
         except Exception as error:
             answer = {"error": str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"}
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+        said = memoryview(json.dumps(answer).encode() + b"\n")
+        while said:
+            said = said[os.write(answers, said) :]
 
 
 def write(shared: int, folder: str, files: list[tuple[str, int, int]]) -> dict[str, Any]:
@@ -97,7 +101,7 @@ def complete(
         keep: how many of the newest checkpoints stay, 0 = all, and of which multiples of steps.
 
     Returns:
-        ``{"completed": final, "pruned": [names]}``.
+        ``{"completed": final, "pruned": [names], "not_pruned": [reasons]}``.
     """
     folder = Path(staging)
     entries = {name: FileEntry(*entry) for name, entry in files.items()}
@@ -111,41 +115,53 @@ def complete(
         _require_lease(*lease)
     os.rename(folder, final)
     flush_to_disk(Path(final).parent)
-    return {"completed": final, "pruned": prune(Path(final).parent, *keep)}
+    # It is complete, whatever becomes of the old ones.
+    pruned, not_pruned = prune(Path(final).parent, step, *keep)
+    return {"completed": final, "pruned": pruned, "not_pruned": not_pruned}
 
 
-def prune(root: Path, keep_last: int, keep_every: int) -> list[str]:
-    """Delete old checkpoints.
+def prune(root: Path, newest: int, keep_last: int, keep_every: int) -> tuple[list[str], list[str]]:
+    """Delete old checkpoints. Links, and what is no folder, are not this run's: they neither count nor go.
 
     Args:
         root: folder of checkpoints.
+        newest: step of the one that has just been completed. Those of later steps, which a run that went back to this
+            one's past could not put aside, neither count nor go: this one would be the oldest beside them.
         keep_last: how many of the newest stay; 0 = all.
         keep_every: those whose step is a multiple of this stay too; 0 = none.
 
     Returns:
-        Names of those deleted.
+        Names of those deleted, and why others could not be.
     """
     if not keep_last:
-        return []
-    steps = {int(found[1]): path for path in root.iterdir() if (found := STEP_FOLDER.fullmatch(path.name))}
-    old = sorted(steps)[:-keep_last]
-    deleted = []
-    for step in old:
+        return [], []
+    deleted: list[str] = []
+    failed: list[str] = []
+    try:
+        found = [(STEP_FOLDER.fullmatch(path.name), path) for path in root.iterdir()]
+        steps = {int(name[1]): path for name, path in found if name and path.is_dir() and not path.is_symlink()}
+    except OSError as error:
+        return [], [str(error)]
+    for step in sorted(step for step in steps if step <= newest)[:-keep_last]:
         if keep_every and step % keep_every == 0:
             continue
         # Renamed first: what is half deleted has no name of a checkpoint.
         condemned = root / f"{PRUNED_PREFIX}{steps[step].name}"
-        os.rename(steps[step], condemned)
+        try:
+            os.rename(steps[step], condemned)
+        except OSError as error:
+            failed.append(str(error))
+            continue
         shutil.rmtree(condemned, ignore_errors=True)
         deleted.append(steps[step].name)
-    return deleted
+    return deleted, failed
 
 
 def _wait_until_seen(path: Path, size: int) -> None:
     """Wait until a file that another node has written is seen here; network file systems take a moment."""
-    for attempt in range(_ATTEMPTS_TO_SEE):
-        if attempt:
-            time.sleep(_SECONDS_BETWEEN)
+    for look in range(_LOOKS):
+        if look:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
         try:
             if path.stat().st_size == size:
                 return
@@ -161,13 +177,6 @@ def _require_lease(path: str, device: int, inode: int) -> None:
     found = os.stat(path)
     if (found.st_dev, found.st_ino) != (device, inode):
         raise OSError(f"{path} belongs to another run by now: two runs write into one folder")
-
-
-def _die_with_parent(parent: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        sys.exit(1)  # it died before this process could ask to be told
 
 
 if __name__ == "__main__":

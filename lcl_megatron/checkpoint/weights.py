@@ -12,7 +12,6 @@ parts of the model without the files of the others. Nothing that a file holds ca
 from __future__ import annotations
 
 import json
-import logging
 import re
 import shutil
 from collections.abc import Collection, Mapping
@@ -23,23 +22,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lcl_megatron.checkpoint.durable_files import commit_folder
 from lcl_megatron.checkpoint.folders import (
     CONFIG_FILE,
     TOKENIZER_FILE,
     Progress,
-    commit_folder,
-    complete_checkpoints,
     read_config,
 )
-from lcl_megatron.checkpoint.manifest import CheckpointError, DamagedCheckpointError
-from lcl_megatron.checkpoint.parameters import PARTS, parameter_shapes
-from lcl_megatron.checkpoint.reader import CheckpointReader
+from lcl_megatron.checkpoint.manifest import CheckpointError
+from lcl_megatron.checkpoint.parameters import PARTS, VALUE, optimizer_name, parameter_shapes
+from lcl_megatron.checkpoint.reader import CheckpointReader, from_newest
 from lcl_megatron.checkpoint.shard_file import StoredTensor
 from lcl_megatron.checkpoint.tensor_files import write_tensors
 from lcl_megatron.config import RunConfig
 from lcl_megatron.config.toml import to_toml
-
-logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "model.safetensors"
 PROGRESS_FILE = "progress.json"
@@ -128,15 +124,9 @@ def read_weights(path: str | Path, parts: Collection[str] = PARTS) -> ModelWeigh
     path = Path(path)
     if (path / WEIGHTS_FILE).is_file():
         return _read_folder(path)
-    damaged: DamagedCheckpointError | None = None
-    for checkpoint in complete_checkpoints(path):
-        try:
-            return _read_checkpoint(checkpoint, parts)
-        except DamagedCheckpointError as error:
-            damaged = error
-            logger.warning("%s; trying the one before", error)
-    if damaged is not None:
-        raise DamagedCheckpointError(f"{damaged}; copy it again, or take another checkpoint") from damaged
+    weights = from_newest(path, lambda checkpoint: _read_checkpoint(checkpoint, parts))
+    if weights is not None:
+        return weights
     raise CheckpointError(
         f"{path} is neither a folder of weights ({WEIGHTS_FILE}, {CONFIG_FILE}) nor a training checkpoint: "
         "expected a step-NNNNNNNN folder, or one that holds some"
@@ -198,7 +188,7 @@ def _stored_name(name: str, stored: Mapping[str, StoredTensor]) -> str:
     """Return the name in a checkpoint under which a parameter has its most precise values."""
     for own, fused in FUSED_NAMES:
         name = re.sub(rf"^(\w+\.layers\.\d+)\.{own}\.", rf"\1.{fused}.layer_norm_", name)
-    precise = f"optimizer.state.param.{name}"
+    precise = optimizer_name(VALUE, name)
     if precise in stored and stored[name].dtype != "F32":
         return precise
     return name

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +20,8 @@ from typing import Any
 from lcl_megatron.checkpoint import shard_writer
 
 _ALIGNMENT = 4096
+_NOT_FOR_IT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Signals to the whole process group that mean the rank; see ``shard_writer.main``."""
 _PACKAGE_ROOT = Path(__file__).parents[2]
 
 
@@ -26,7 +30,7 @@ class WriteError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class FileImage:
+class NewFile:
     """A file that is to be written."""
 
     name: str
@@ -34,7 +38,7 @@ class FileImage:
     size: int
     """Its bytes."""
     fill: Callable[[memoryview], None]
-    """Puts them into memory."""
+    """Puts them into ``size`` bytes of memory."""
 
 
 class WriterProcess:
@@ -44,10 +48,11 @@ class WriterProcess:
     """
 
     def __init__(self) -> None:
-        """Allocate nothing yet."""
         self._shared = _anonymous_file()
         self._memory: mmap.mmap | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._answers = -1
+        """Where it answers; open while there is a process."""
         self._received = b""
         self._began = 0.0
 
@@ -57,31 +62,31 @@ class WriterProcess:
         return self._process.pid if self._process is not None else None
 
     @property
-    def seconds(self) -> float:
-        """How long ago the last request was made, on a clock that never jumps."""
+    def busy_s(self) -> float:
+        """Seconds since the last request was made, on a clock that never jumps."""
         return time.monotonic() - self._began
 
-    def submit(self, folder: Path, images: Sequence[FileImage]) -> None:
+    def submit(self, folder: Path, files: Sequence[NewFile]) -> None:
         """Copy files into the shared memory and have them written; returns when they are copied.
 
         Args:
             folder: where they go; must exist.
-            images: the files.
+            files: what they hold.
 
         Raises:
             WriteError: there is no memory for them, or no process can be started.
         """
         places, end = [], 0
-        for image in images:
+        for file in files:
             begin = -(-end // _ALIGNMENT) * _ALIGNMENT
-            end = begin + image.size
-            places.append((image.name, begin, end))
+            end = begin + file.size
+            places.append((file.name, begin, end))
         try:
             memory = self._memory_of(end)
             with memoryview(memory) as whole:
-                for image, (_, begin, stop) in zip(images, places, strict=True):
+                for file, (_, begin, stop) in zip(files, places, strict=True):
                     with whole[begin:stop] as part:
-                        image.fill(part)
+                        file.fill(part)
         except (OSError, MemoryError, ValueError) as error:
             raise WriteError(f"no memory for {end / 1e9:.3f} GB of a checkpoint: {error}") from error
         self._request({"write": {"folder": str(folder), "files": places}})
@@ -90,27 +95,26 @@ class WriterProcess:
         """Have a checkpoint completed; the arguments are those of ``shard_writer.complete``."""
         self._request({"complete": request})
 
-    def answer(self, timeout: float | None = 0.0) -> dict[str, Any] | None:
+    def answer(self, wait_s: float = 0.0) -> dict[str, Any] | None:
         """Return the answer to the request, None if there is none yet.
 
         Args:
-            timeout: seconds to wait for it; None = as long as it takes.
+            wait_s: wait so long for it.
 
         Raises:
             WriteError: the work failed or the process died; the message says what happened to which file.
         """
         process = self._process
-        if process is None or process.stdout is None:
+        if process is None:
             raise WriteError("the writer process is gone")
-        end = None if timeout is None else time.monotonic() + timeout
+        end = time.monotonic() + wait_s
         while b"\n" not in self._received:
-            left = None if end is None else max(0.0, end - time.monotonic())
             # Not ``select``: it refuses descriptors above 1023, and a rank may have that many.
             poll = select.poll()
-            poll.register(process.stdout, select.POLLIN)
-            if not poll.poll(None if left is None else 1000 * left):
+            poll.register(self._answers, select.POLLIN)
+            if not poll.poll(1000 * max(0.0, end - time.monotonic())):
                 return None
-            received = os.read(process.stdout.fileno(), 1 << 16)
+            received = os.read(self._answers, 1 << 16)
             if not received:
                 self._forget()
                 raise WriteError(f"the writer process {process.pid} died (exit status {process.returncode})")
@@ -165,17 +169,29 @@ class WriterProcess:
         if self._process is None:
             path = os.pathsep.join(filter(None, [str(_PACKAGE_ROOT), os.environ.get("PYTHONPATH", "")]))
             # -P: the folder of the script is not searched for modules.
-            command = [sys.executable, "-P", str(shard_writer.__file__), str(self._shared), str(os.getpid())]
+            try:
+                own, answers = os.pipe()
+            except OSError as error:
+                raise WriteError(f"the writer process cannot be started: {error}") from error
+            numbers = map(str, (self._shared, answers, os.getpid()))
+            command = [sys.executable, "-P", str(shard_writer.__file__), *numbers]
+            # Inherited blocked: a request to stop comes more than once, and this process is often started for it. One
+            # that came before it could ignore the signal would end it, and the last checkpoint with it.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_IT)
             try:
                 self._process = subprocess.Popen(
                     command,
                     stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    pass_fds=[self._shared],
+                    pass_fds=[self._shared, answers],
                     env=os.environ | {"PYTHONPATH": path},
                 )
             except OSError as error:
+                os.close(own)
                 raise WriteError(f"the writer process cannot be started: {error}") from error
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+                os.close(answers)
+            self._answers = own
         return self._process
 
     def _forget(self) -> None:
@@ -183,17 +199,19 @@ class WriterProcess:
         if self._process is not None:
             process, self._process, self._received = self._process, None, b""
             process.wait()
-            for stream in (process.stdin, process.stdout):
-                if stream is not None:
-                    try:
-                        stream.close()
-                    except OSError:
-                        continue  # what it never read is lost with it
+            os.close(self._answers)
+            self._answers = -1
+            if process.stdin is not None:
+                with contextlib.suppress(OSError):  # what it never read is lost with it
+                    process.stdin.close()
 
 
 def _anonymous_file() -> int:
     """Return the descriptor of a file without a name, in memory where the system has that; it ends with its users."""
     if hasattr(os, "memfd_create"):
-        return os.memfd_create("checkpoint")
+        try:
+            return os.memfd_create("checkpoint")
+        except OSError:
+            pass  # a sandbox that does not know the call
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())

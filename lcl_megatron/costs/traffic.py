@@ -33,8 +33,8 @@ ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
 """Bytes of a parameter and of an activation."""
 HASH_BYTES = 8
 """Bytes of the hash of an image, and of that of a context."""
-AGREED_WORDS = 3
-"""Bytes of ``parallel.agreement.Word``."""
+AGREED_FLAGS = 3
+"""Bytes of ``parallel.agreement.StepFlags``."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class StepTraffic:
         ]
         group: Group = "all" if parallel.use_distributed_optimizer else "model"
         found.append(Transfer(group, "all_reduce", "norm", 1, FLOAT32_BYTES))
-        found.append(Transfer("host", "all_reduce", "agreement", 1, counts.all_images + AGREED_WORDS))
+        found.append(Transfer("host", "all_reduce", "agreement", 1, counts.all_images + AGREED_FLAGS))
         return found
 
     def _features(self, portion: Portion) -> Iterator[Transfer]:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lcl_megatron.checkpoint import native
+from lcl_megatron.checkpoint.folders import read_config
+from lcl_megatron.checkpoint.manifest import CheckpointError
 from lcl_megatron.checkpoint.reader import newest_whole
 from lcl_megatron.config import ParallelConfig, RunConfig
 from lcl_megatron.parallel import engine as engines
@@ -24,8 +26,8 @@ def newest_checkpoint(folder: Path) -> tuple[Path, RunConfig]:
     """
     found = newest_whole(folder)
     if found is None:
-        raise native.CheckpointError(f"no complete checkpoint (step-NNNNNNNN) in {folder}")
-    return found, single_process(native.read_config(found))
+        raise CheckpointError(f"no complete checkpoint (step-NNNNNNNN) in {folder}")
+    return found, single_process(read_config(found))
 
 
 def single_process(config: RunConfig) -> RunConfig:

@@ -1,8 +1,8 @@
-"""What all ranks must agree on before a step: which images could be decoded, and what some rank has to say to all.
+"""What all ranks must agree on before a step: which images could be decoded, and the flags that some rank raises.
 
 Only the ranks that read pixels know which images are bad; every rank must divide by the same counts and leave the same
 images out of the contrast. And all ranks must stop, or complete a checkpoint, after the same step. One small reduction
-on the host carries it all: one byte per image of the global batch, and one for each of ``Word``.
+on the host carries it all: one byte per image of the global batch, and one for each of ``StepFlags``.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from lcl_megatron.parallel.groups import ProcessGroups
 
 
 @dataclass(frozen=True)
-class Word:
-    """What a rank has to say to all ranks at a step; agreed, each is true if it is true on some rank."""
+class StepFlags:
+    """What a rank tells all ranks at a step; agreed, a flag is raised if it is on some rank."""
 
     stop: bool = False
     """It was asked to stop: this step is the last."""
@@ -43,8 +43,8 @@ class AgreedStep:
     """This rank's micro-batches; bad images are blank and not ``image_ok``."""
     image_ok: np.ndarray
     """(all images,) bool, ordered as ``layout.has_context``."""
-    word: Word
-    """What some rank has to say."""
+    flags: StepFlags
+    """Each raised if it is on some rank."""
 
     @property
     def num_pairs(self) -> int:
@@ -83,27 +83,27 @@ def _ranges(begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.repeat(begins - before, lengths) + np.arange(lengths.sum())
 
 
-def agree(batch: StepBatch, groups: ProcessGroups, word: Word | None = None) -> AgreedStep:
+def agree(batch: StepBatch, groups: ProcessGroups, flags: StepFlags | None = None) -> AgreedStep:
     """Return the step with every rank's decoding failures applied on every rank.
 
     Args:
         batch: this rank's part of the step.
         groups: process groups.
-        word: what this rank has to say; None = nothing.
+        flags: of this rank; None = none is raised.
 
     Parallel: one all-reduce of bytes over all ranks, on the host.
     """
     num_images = len(batch.layout.has_context)
-    said = torch.tensor(astuple(word or Word()), dtype=torch.uint8)
-    flags = torch.cat([torch.zeros(num_images, dtype=torch.uint8), said])
+    own_flags = torch.tensor(astuple(flags or StepFlags()), dtype=torch.uint8)
+    said = torch.cat([torch.zeros(num_images, dtype=torch.uint8), own_flags])
     ranges = [batch.layout.image_range(m, groups.dp_rank) for m in range(len(batch.micro_batches))]
     for (begin, end), micro_batch in zip(ranges, batch.micro_batches, strict=True):
-        flags[begin:end] = ~micro_batch.image_ok[: micro_batch.num_images]
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=groups.host)
-    image_ok = ~flags[:num_images].bool()
+        said[begin:end] = ~micro_batch.image_ok[: micro_batch.num_images]
+    dist.all_reduce(said, op=dist.ReduceOp.MAX, group=groups.host)
+    image_ok = ~said[:num_images].bool()
     micro_batches = tuple(
         micro_batch.with_image_ok(image_ok[begin:end]) if end > begin else micro_batch
         for (begin, end), micro_batch in zip(ranges, batch.micro_batches, strict=True)
     )
-    agreed = Word(*flags[num_images:].bool().tolist())
-    return AgreedStep(batch.step, batch.layout, micro_batches, image_ok.numpy(), agreed)
+    agreed_flags = StepFlags(*said[num_images:].bool().tolist())
+    return AgreedStep(batch.step, batch.layout, micro_batches, image_ok.numpy(), agreed_flags)

@@ -1,15 +1,16 @@
 """Stand-ins that let megatron-core 0.16.1 run where there is no GPU.
 
 megatron-core names the CUDA device in its code. On a machine without one, ``install`` changes exactly the places
-that a run of this package passes through, so that the real layers, 1F1B schedule, distributed optimizer and
-distributed checkpoints work on CPU tensors over gloo. Where a GPU is present it changes nothing.
+that a run of this package passes through, so that the real layers, 1F1B schedule and distributed optimizer work on CPU
+tensors over gloo; so does megatron-core's own saving, which the fault campaign compares with ours. Where a GPU is
+present it changes nothing.
 
 Three kinds of stand-in, none of which costs anything per tensor operation:
 
 - a *literal*: ``"cuda"`` or ``"torch.cuda.FloatTensor"`` inside one megatron-core function becomes its CPU twin;
-- a *method name*: ``tensor.cuda()`` inside one megatron-core function becomes ``tensor.cpu()``;
 - an *attribute*: a function of ``torch.cuda`` (which would raise or be queued for ever on a CPU build) or of a
-  megatron-core module is replaced.
+  megatron-core module is replaced;
+- a *silence*: a message of megatron-core's that is wrong here is not logged.
 
 Each stand-in names the megatron-core lines that need it, and a test shows that those lines fail without it.
 A stand-in that finds nothing to change raises, so that another megatron-core version cannot be half-patched.
@@ -62,23 +63,6 @@ class Literal:
         """Replace the function's code; every reference to the function sees the change."""
         function = _find_function(self.name)
         _set_code(function, _replace_constants(function.__code__), self)
-
-
-@dataclass(frozen=True)
-class MethodName:
-    """``x.cuda`` in one megatron-core function becomes ``x.cpu``.
-
-    ``tensor.cpu()`` returns the same tensor, and ``torch.cpu.current_device()`` is the CPU.
-    """
-
-    name: str
-    needed_by: str
-
-    def apply(self) -> None:
-        """Replace the function's code; every reference to the function sees the change."""
-        function = _find_function(self.name)
-        names = tuple("cpu" if name == "cuda" else name for name in function.__code__.co_names)
-        _set_code(function, function.__code__.replace(co_names=names), self)
 
 
 @dataclass(frozen=True)
@@ -174,11 +158,6 @@ STAND_INS: tuple[StandIn, ...] = (
     Literal(
         f"{_CORE}.optimizer.distrib_optimizer.DistributedOptimizer._build_model_and_main_param_groups",
         "optimizer/distrib_optimizer.py:361-436",
-    ),
-    # Gathers the optimizer state for a checkpoint.
-    MethodName(
-        f"{_CORE}.optimizer.distrib_optimizer.DistributedOptimizer.get_parameter_state_dp_zero",
-        "optimizer/distrib_optimizer.py:1089",
     ),
     Literal(f"{_CORE}.optimizer.clip_grads.get_grad_norm_fp32", "optimizer/clip_grads.py:90-115"),
     Literal(f"{_CORE}.optimizer.clip_grads.clip_grad_by_total_norm_fp32", "optimizer/clip_grads.py:167,174"),

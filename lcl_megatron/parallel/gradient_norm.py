@@ -33,7 +33,7 @@ def gradient_norm(optimizer: MegatronOptimizer, device: torch.device) -> float:
     Parallel: one all-reduce of a float32 over all ranks (distributed optimizer) or tp x pp; one wait for the device.
     """
     squares = 0.0
-    for part in _parts(optimizer):
+    for part in optimizer_parts(optimizer):
         counted = part.get_main_grads_for_grad_norm()
         known = set(map(id, counted))
         copies = [p.grad for p in part.get_parameters() if p.grad is not None and id(p.grad) not in known]
@@ -58,13 +58,13 @@ def clip_and_update(optimizer: MegatronOptimizer, norm: float, max_norm: float) 
     Parallel: with the distributed optimizer, one all-gather of parameters over dp x cp, now or in the next forward
     pass.
     """
-    for part in _parts(optimizer):
+    for part in optimizer_parts(optimizer):
         if max_norm > 0 and (parameters := part.get_parameters()):
             clip_grads.clip_grad_by_total_norm_fp32(parameters, max_norm=max_norm, total_norm=norm)
     optimizer.step_with_ready_grads()
 
 
-def _parts(optimizer: MegatronOptimizer) -> list[Any]:
+def optimizer_parts(optimizer: MegatronOptimizer) -> list[Any]:
     """Return the optimizers that megatron-core has chained: one, as there are no expert parameters."""
     parts: list[Any] = optimizer.chained_optimizers
     return parts

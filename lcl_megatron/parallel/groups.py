@@ -128,13 +128,16 @@ class ProcessGroups:
         return torch.device("cpu")
 
     def any_rank(self, *flags: bool) -> tuple[bool, ...]:
-        """Return, on every rank, which flags are true on some rank; one all-reduce of bytes on the host."""
+        """Return, on every rank, which flags are true on some rank.
+
+        Parallel: one all-reduce of bytes over all ranks, on the host.
+        """
         said = torch.tensor(flags, dtype=torch.uint8)
         dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self.host)
         return tuple(said.bool().tolist())
 
     def first_rank_text(self, text: str) -> str:
-        """Return rank 0's text on every rank; two broadcasts on the host."""
+        """Return rank 0's text on every rank. Parallel: two broadcasts over all ranks, on the host."""
         content = torch.frombuffer(bytearray(text.encode()) or bytearray(1), dtype=torch.uint8)
         length = torch.tensor([len(text.encode())])
         dist.broadcast(length, src=0, group=self.host)
@@ -144,7 +147,7 @@ class ProcessGroups:
         return bytes(content[: int(length)].tolist()).decode()
 
     def gather_texts(self, text: str) -> list[str]:
-        """Return every rank's text on every rank, by rank; two all-gathers on the host."""
+        """Return every rank's text on every rank, by rank. Parallel: two all-gathers over all ranks, on the host."""
         own = bytearray(text.encode())
         lengths = [torch.empty(1, dtype=torch.int64) for _ in range(self.world_size)]
         dist.all_gather(lengths, torch.tensor([len(own)]), group=self.host)
@@ -155,13 +158,11 @@ class ProcessGroups:
         return [bytes(t[: int(n)].tolist()).decode() for t, n in zip(texts, lengths, strict=True)]
 
     def shared_nonce(self) -> str:
-        """Return 16 hex digits that no other call has returned, the same on every rank; collective, on the host."""
-        drawn = torch.frombuffer(bytearray(os.urandom(8)), dtype=torch.uint8)
-        dist.broadcast(drawn, src=0, group=self.host)
-        return drawn.numpy().tobytes().hex()
+        """Return 16 hex digits that no other call has returned, the same on every rank; as ``first_rank_text``."""
+        return self.first_rank_text(os.urandom(8).hex())
 
     def require_agreement(self, what: str, value: str) -> None:
-        """Check that all ranks were started alike; collective over all ranks, on the host.
+        """Check that all ranks were started alike; as ``gather_texts``.
 
         Args:
             what: what is compared, for the message.
@@ -171,10 +172,8 @@ class ProcessGroups:
             ConfigError: on every rank, naming those that differ from rank 0; without the check they would train
                 something else than the others, or die of a collective of another size.
         """
-        digest = torch.frombuffer(bytearray(hashlib.sha256(value.encode()).digest()), dtype=torch.uint8)
-        digests = [torch.empty_like(digest) for _ in range(self.world_size)]
-        dist.all_gather(digests, digest, group=self.host)
-        differing = [rank for rank, other in enumerate(digests) if not torch.equal(other, digests[0])]
+        digests = self.gather_texts(hashlib.sha256(value.encode()).hexdigest())
+        differing = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
         require(
             not differing,
             f"{what} of ranks {differing} differs from that of rank 0; start every process with the same command, "

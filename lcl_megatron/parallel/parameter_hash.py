@@ -41,7 +41,7 @@ def hash_tensors(tensors: Iterable[Tensor]) -> int:
     order: the hash is the same on every device.
 
     Args:
-        tensors: of any floating-point or integer dtype, on any device; on the CPU only the final sums are added.
+        tensors: of any floating-point or integer dtype, on any device; only their sums are brought to the host.
 
     Returns:
         From -2**63 to 2**63 - 1.

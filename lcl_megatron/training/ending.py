@@ -7,10 +7,11 @@ leaves ``outcome.json`` in the folder of the checkpoints. It needs nothing but t
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from pathlib import Path
+
+from lcl_megatron.checkpoint.durable_files import replace_text
 
 OUTCOME_FILE = "outcome.json"
 """File of a ``checkpoint.save`` folder; absent while a run goes on and after one that failed or was killed."""
@@ -82,11 +83,4 @@ class Ending:
         if not self.save:
             return
         fields = {"outcome": "finished" if self.is_finished else "stopped", **asdict(self), "status": self.status.value}
-        folder = Path(self.save)
-        folder.mkdir(parents=True, exist_ok=True)
-        staged = folder / f".{OUTCOME_FILE}.tmp"
-        with staged.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(fields) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(folder / OUTCOME_FILE)
+        replace_text(Path(self.save) / OUTCOME_FILE, json.dumps(fields) + "\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable
 
@@ -12,6 +11,7 @@ from lcl_megatron.checkpoint.manifest import CheckpointError
 from lcl_megatron.config import ConfigError
 from lcl_megatron.data.storage.indexed_file import CorpusError
 from lcl_megatron.parallel.parameter_hash import ReplicaMismatchError
+from lcl_megatron.training import launcher
 from lcl_megatron.training.bad_images import TooManyBadImagesError
 from lcl_megatron.training.ending import ExitStatus
 from lcl_megatron.training.step import NonFiniteError
@@ -52,9 +52,7 @@ def exit_status(main: Callable[[], ExitStatus], seconds_for_rank_0: float = SECO
         status = status_of(error)
         if status is ExitStatus.CRASHED:
             raise
-        rank = int(os.environ.get("RANK", "0"))
-        if rank:
+        if os.environ.get("RANK", "0") != "0":
             time.sleep(seconds_for_rank_0)
-        sys.stderr.write(f"{f'[rank {rank}] ' if rank else ''}error: {error}\n")
-        sys.stderr.flush()
+        launcher.say(f"error: {error}")
         return status

@@ -5,9 +5,9 @@ The gradient norm decides, because all ranks know it before the update, and know
 looked for in the norm and not in the loss: only the last stage knows the loss, so a decision by it would cost every
 step a collective and a wait for the device. A batch that makes the loss jump makes the gradient jump.
 
-A spike is a norm far above the median of the last accepted norms, in units of their median absolute deviation (MAD).
-Both resist outliers, and rejected norms are never among them: a mean and a variance into which one infinite value has
-gone would reject every step for as long as it stays in the window.
+A spike is a norm far above the median of the last steps that were taken, in units of their median absolute deviation
+(MAD). Both resist outliers, and norms of skipped steps are never among them: a mean and a variance into which one
+infinite value has gone would skip every step for as long as it stays in the window.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What a rank owes ``torchrun``, and what it must not leave to it. It needs nothing but the standard library.
+"""The launcher, as one of its ranks sees it: what a rank owes ``torchrun``, and what it must not leave to it.
+
+It needs nothing but the standard library.
 
 torchrun 2.13 starts one agent per node, the parent of the ranks there. An agent that is killed, also by SIGUSR1,
 leaves its ranks behind; and one that was given ``--max-restarts`` starts them again after any exit status but 0.
@@ -6,12 +8,11 @@ leaves its ranks behind; and one that was given ``--max-restarts`` starts them a
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
 
-_PR_SET_PDEATHSIG = 1
+from lcl_megatron.parallel.parent_process import die_with_parent
 
 
 def is_torchrun() -> bool:
@@ -25,13 +26,15 @@ def die_with_launcher() -> None:
     Ranks that outlive their agent would go on writing beside those that are started in their place. Without torchrun
     the parent is a shell, and a run that was started with ``nohup`` outlives it on purpose.
     """
-    if not is_torchrun() or sys.platform != "linux":
-        return
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # The agent may have died before the kernel was asked. Its number says nothing: in a container it may be 1.
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)
+    if is_torchrun():
+        die_with_parent(os.getppid())
+
+
+def say(message: str) -> None:
+    """Write a line to standard error in one piece, with the rank in front on all but rank 0."""
+    rank = int(os.environ.get("RANK", "0"))
+    sys.stderr.write(f"{f'[rank {rank}] ' if rank else ''}{message}\n")
+    sys.stderr.flush()
 
 
 def restart_count() -> int:

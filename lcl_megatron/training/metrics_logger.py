@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections import deque
@@ -17,6 +16,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
+
+from lcl_megatron.checkpoint.durable_files import replace_text
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -247,12 +248,7 @@ def _take_back_reports(log_dir: Path, resume_step: int) -> None:
     if superseded:
         with (log_dir / SUPERSEDED_FILE).open("a", encoding="utf-8") as file:
             file.writelines(superseded)
-    staged = path.with_suffix(".tmp")
-    with staged.open("w", encoding="utf-8") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    staged.replace(path)
+    replace_text(path, "".join(kept))
 
 
 def _step_of(line: str) -> int | None:

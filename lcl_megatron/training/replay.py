@@ -15,6 +15,7 @@ that only later weights show is not reproduced unless the checkpoint is of the s
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -26,6 +27,9 @@ import numpy as np
 import torch
 
 from lcl_megatron.checkpoint import native
+from lcl_megatron.checkpoint.folders import complete_checkpoints, read_config, step_of
+from lcl_megatron.checkpoint.manifest import CheckpointError
+from lcl_megatron.checkpoint.reader import CheckpointReader
 from lcl_megatron.config import ParallelConfig, RunConfig
 from lcl_megatron.data.loader import StepLoader
 from lcl_megatron.parallel import engine as engines
@@ -94,18 +98,18 @@ def find_step(
     Args:
         save: the run's ``checkpoint.save``.
         step: number of the step, 1 for the first.
-        first_row: rows consumed before it; None = as the file of the skipped step says, else the steps before times
-            the global batch size.
+        first_row: rows consumed before it; None = as the file of the skipped step says, else those consumed before the
+            checkpoint, and the global batch size for each step from there.
         precision: dtype of parameters and activations.
         data_path: folders of the corpora; empty = where the run had them.
 
     Raises:
-        CheckpointError: there is no checkpoint of an earlier step.
+        CheckpointError: there is no checkpoint of an earlier step, or it is damaged.
         ValueError: the file of the skipped step is damaged.
     """
     record = _record(save, step)
     checkpoint = _checkpoint(save, step, is_skipped=record is not None)
-    config = native.read_config(checkpoint)
+    config = read_config(checkpoint)
     training = config.training
     config = dataclasses.replace(
         config,
@@ -115,13 +119,19 @@ def find_step(
         ),
         data=dataclasses.replace(config.data, data_path=data_path or config.data.data_path),
     )
-    source = "as given"
+    source, data = "as given", record["data"] if record else ""
     if first_row is None and record is not None:
         first_row, source = int(record["consumed_rows"]), str(skip_file(save, step))
     elif first_row is None:
-        first_row = (step - 1) * training.global_batch_size
-        source = f"{step - 1} steps of {training.global_batch_size} rows"
-    return ReplayedStep(step, checkpoint, first_row, source, config, record["data"] if record else "")
+        progress = CheckpointReader(checkpoint).progress()
+        behind = step - 1 - progress.step
+        first_row = progress.consumed_rows + behind * training.global_batch_size
+        source = (
+            f"{progress.consumed_rows} before {checkpoint.name}, {behind} steps of {training.global_batch_size} rows"
+        )
+        # As ``Plan.fingerprint``: the corpora, which may have been named anew, must be those of the checkpoint.
+        data = hashlib.sha256(json.dumps(progress.data).encode()).hexdigest() if progress.data else ""
+    return ReplayedStep(step, checkpoint, first_row, source, config, data)
 
 
 def _record(save: Path, step: int) -> dict[str, Any] | None:
@@ -140,23 +150,17 @@ def _record(save: Path, step: int) -> dict[str, Any] | None:
 
 
 def _checkpoint(save: Path, step: int, is_skipped: bool) -> Path:
-    """Return the newest checkpoint whose weights the step met, or earlier ones."""
+    """Return the newest checkpoint that the step cannot have changed."""
     # A step that was skipped left its weights as they were.
     last = step if is_skipped else step - 1
-    steps = _saved_steps(save)
-    early = [number for number in steps if number <= last]
+    found = {step_of(checkpoint): checkpoint for checkpoint in reversed(complete_checkpoints(save))}
+    early = [number for number in found if number <= last]
     if not early:
-        raise native.CheckpointError(
-            f"{save} holds no checkpoint of a step before {step} (steps found: {steps or 'none'}); give the --save "
-            "folder of the run, and a later --step"
+        raise CheckpointError(
+            f"{save} holds no checkpoint of a step before {step} (steps found: {list(found) or 'none'}); give the "
+            "--save folder of the run, and a later --step"
         )
-    return native.step_folder(save, early[-1])
-
-
-def _saved_steps(save: Path) -> list[int]:
-    """Return the steps of the complete checkpoints in a folder, ascending."""
-    names = [path.parent.name.removeprefix("step-") for path in save.glob(f"step-*/{native.CONFIG_FILE}")]
-    return sorted(int(name) for name in names if name.isdecimal())
+    return found[early[-1]]
 
 
 def replay(found: ReplayedStep) -> Iterator[ReplayedRow]:
@@ -171,7 +175,7 @@ def replay(found: ReplayedStep) -> Iterator[ReplayedRow]:
     rows = config.training.global_batch_size
     whole_plan = build_plan(config, corpora, dp_size=1)
     if found.data not in ("", whole_plan.fingerprint):
-        raise native.CheckpointError(
+        raise CheckpointError(
             f"step {found.step} was read from other data (fingerprint {found.data}) than those of {found.checkpoint} "
             f"in {' '.join(config.data.data_path)} ({whole_plan.fingerprint}): its rows would be others; give the "
             "run's corpora with --data-path"

@@ -8,8 +8,8 @@ import logging
 from pathlib import Path
 
 from lcl_megatron.checkpoint import native
-from lcl_megatron.checkpoint.folders import complete_checkpoints
-from lcl_megatron.checkpoint.manifest import DamagedCheckpointError, damage_of, read_manifest
+from lcl_megatron.checkpoint.folders import Progress, complete_checkpoints
+from lcl_megatron.checkpoint.manifest import CheckpointError, DamagedCheckpointError, damage_of, read_manifest
 from lcl_megatron.config import CheckpointConfig, RunConfig
 from lcl_megatron.data.planning.plan import Plan
 from lcl_megatron.parallel.groups import ProcessGroups
@@ -36,7 +36,7 @@ def checkpoint_to_resume(config: CheckpointConfig, groups: ProcessGroups) -> Pat
         if found:
             return _newest_whole([Path(path) for path in found], config, groups, may_put_aside=root == config.save)
     if config.load:
-        raise native.CheckpointError(
+        raise CheckpointError(
             f"--load {config.load}: no complete checkpoint (step-NNNNNNNN) there; give the --save "
             "folder of a run, or leave --load out to start anew"
         )
@@ -93,14 +93,14 @@ def _put_aside(checkpoint: Path) -> None:
         logger.error("it cannot be put aside (%s): its step will not be saved again", error)
 
 
-def resume(config: RunConfig, plan: Plan, trainable: native.Trainable, checkpoint: Path | None) -> native.Progress:
+def resume(config: RunConfig, plan: Plan, trainable: native.Trainable, checkpoint: Path | None) -> Progress:
     """Load the checkpoint to continue from; None = the run begins. Returns how far the run has come.
 
     Raises:
         CheckpointError: it was trained on other data or in another order.
     """
     if checkpoint is None:
-        return native.Progress(data=plan.description)
+        return Progress(data=plan.description)
     # ``checkpoint_to_resume`` has compared the files with the manifest, or was told not to.
     loaded = native.load(checkpoint, trainable, verify=False)
     progress = _on_this_data(config, plan, checkpoint, loaded)
@@ -110,7 +110,7 @@ def resume(config: RunConfig, plan: Plan, trainable: native.Trainable, checkpoin
     return progress
 
 
-def _on_this_data(config: RunConfig, plan: Plan, checkpoint: Path, progress: native.Progress) -> native.Progress:
+def _on_this_data(config: RunConfig, plan: Plan, checkpoint: Path, progress: Progress) -> Progress:
     """Return where a loaded run stands in the plan.
 
     Raises:
@@ -126,7 +126,7 @@ def _on_this_data(config: RunConfig, plan: Plan, checkpoint: Path, progress: nat
     ]
     listed = "\n  ".join(changes)
     if not config.checkpoint.allow_data_change:
-        raise native.CheckpointError(
+        raise CheckpointError(
             f"{checkpoint} was trained on other data:\n  {listed}\ncontinuing would repeat and skip documents. Use the "
             "settings of its run.toml, start in another folder, or --allow-data-change to begin with the new data's "
             "first row"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lcl_megatron.checkpoint.native import Progress, Trainable
+from lcl_megatron.checkpoint.folders import Progress
+from lcl_megatron.checkpoint.native import Trainable
 from lcl_megatron.checkpoint.saver import Saver
 from lcl_megatron.config import RunConfig
 from lcl_megatron.data.loader import StepLoader
 from lcl_megatron.data.planning.plan import Plan
-from lcl_megatron.parallel.agreement import Word
+from lcl_megatron.parallel.agreement import StepFlags
 from lcl_megatron.parallel.engine import Engine
 from lcl_megatron.training.guard import Guard
 from lcl_megatron.training.ledger import Ledger
@@ -40,8 +41,6 @@ class Run:
     """Is told what the loop does, and speaks up when that takes too long."""
     progress: Progress
     """How far the run has come."""
-    attempt: str
-    """Name of this start of the run, the same on all ranks."""
     saver: Saver | None
     """Writes checkpoints; None = the run has no place for them."""
     ledger: Ledger | None = None
@@ -52,7 +51,15 @@ class Run:
         """This rank's part of the model."""
         return self.trainable.engine
 
-    def word(self) -> Word:
-        """Return what this rank has to say to all others at the next step."""
-        writing, failed = self.saver.word() if self.saver is not None else (False, False)
-        return Word(stop=self.stop.requested, writing=writing, write_failed=failed)
+    def close(self) -> None:
+        """Close its files and end the processes beside it; a checkpoint that is not complete is lost."""
+        self.logger.close()
+        if self.saver is not None:
+            self.saver.close()
+        if self.ledger is not None:
+            self.ledger.close()
+
+    def flags(self) -> StepFlags:
+        """Return what this rank tells all others at the next step."""
+        writing, failed = self.saver.poll() if self.saver is not None else (False, False)
+        return StepFlags(stop=self.stop.requested, writing=writing, write_failed=failed)

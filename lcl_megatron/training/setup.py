@@ -7,10 +7,11 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from lcl_megatron.checkpoint import native
+from lcl_megatron.checkpoint.folders import CONFIG_FILE, is_checkpoint
 from lcl_megatron.checkpoint.initial_weights import load_initial_weights
 from lcl_megatron.checkpoint.lease import Lease, LeaseError
 from lcl_megatron.checkpoint.saver import SaveError, Saver, remove_remains
@@ -61,19 +62,11 @@ def run_from(config: RunConfig, stop: StopSignal | None = None) -> Iterator[Run]
         groups.require_agreement("the configuration", to_toml(config))
         groups.require_agreement("the data", plan.fingerprint)
         attempt = groups.shared_nonce()
-        with watch(config, groups) as watchdog, stop, _lease(config, groups, attempt) as lease:
-            run = _build(config, plan, groups, stop, attempt, lease, watchdog)
-            try:
-                # Before SIGTERM is given back: a launcher sends it as soon as one rank dies, and the others' message
-                # takes some seconds.
-                with watchdog.explained():
-                    yield run
-            finally:
-                run.logger.close()
-                if run.saver is not None:
-                    run.saver.close()
-                if run.ledger is not None:
-                    run.ledger.close()
+        with watch(config, groups) as watchdog, stop, _hold_folder(config, groups, attempt) as lease:
+            # Explained before ``stop`` gives SIGTERM back: a launcher sends it as soon as one rank dies, and what the
+            # others say takes some seconds.
+            with closing(_build(config, plan, groups, stop, attempt, lease, watchdog)) as run, watchdog.explained():
+                yield run
     finally:
         groups.destroy()
 
@@ -120,28 +113,33 @@ def build_plan(config: RunConfig, corpora: Sequence[Corpus], dp_size: int) -> Pl
 
 
 @contextmanager
-def _lease(config: RunConfig, groups: ProcessGroups, attempt: str) -> Iterator[Lease | None]:
-    """Hold the folder of checkpoints, on rank 0.
+def _hold_folder(config: RunConfig, groups: ProcessGroups, attempt: str) -> Iterator[Lease | None]:
+    """Hold the lease of the folder of checkpoints, on rank 0, and remove what killed runs left there.
+
+    Collective over all ranks, on the host.
 
     Raises:
         LeaseError: another run writes into it; on all ranks.
-        SaveError: it cannot be written; on all ranks.
+        SaveError: it cannot be written, or is a checkpoint itself; on all ranks.
     """
-    lease, held, failed = None, "", ""
+    lease, held_by, failure = None, "", ""
     root = Path(config.checkpoint.save)
     if config.checkpoint.save and groups.rank == 0:
         try:
+            # A run there would never find what it saves: it would go on from this one for ever.
+            if is_checkpoint(root):
+                raise OSError(f"it is a checkpoint, by its name or its {CONFIG_FILE}; give the folder that holds it")
             lease = Lease(root, attempt)
             remove_remains(root)
         except LeaseError as error:
-            held = str(error)
+            held_by = str(error)
         except OSError as error:
-            failed = f"--save {root} cannot be written: {error}"
+            failure = f"--save {root} cannot be written: {error}"
     try:
-        if held := groups.first_rank_text(held):
-            raise LeaseError(held)
-        if failed := groups.first_rank_text(failed):
-            raise SaveError(failed)
+        if held_by := groups.first_rank_text(held_by):
+            raise LeaseError(held_by)
+        if failure := groups.first_rank_text(failure):
+            raise SaveError(failure)
         yield lease
     finally:
         if lease is not None:
@@ -157,9 +155,10 @@ def _build(
     lease: Lease | None,
     watchdog: Watchdog,
 ) -> Run:
+    """Build what a run consists of, and load the checkpoint that it goes on from; collective over all ranks."""
     watchdog.mark("load")
     if groups.rank == 0:
-        stop.watch(config.checkpoint.save)
+        stop.watch_stop_file(config.checkpoint.save)
         logger.info("configuration\n%s", describe(config))
         _log_data(plan)
     checkpoint = checkpoint_to_resume(config.checkpoint, groups)
@@ -198,7 +197,6 @@ def _build(
         stop=stop,
         watchdog=watchdog,
         progress=progress,
-        attempt=attempt,
         saver=Saver(config.checkpoint, groups, attempt, lease) if config.checkpoint.save else None,
         ledger=open_ledger(config, groups, progress, plan.fingerprint, attempt),
     )

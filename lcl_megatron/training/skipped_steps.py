@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lcl_megatron.checkpoint.durable_files import replace_text
 from lcl_megatron.data.collate import collate_rows
 
 if TYPE_CHECKING:
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "skipped"
+SKIPPED_FOLDER = "skipped"
 """Folder of ``checkpoint.save``, or else of ``logging.log_dir``."""
 
 
 def skip_file(root: str | Path, step: int) -> Path:
     """Return the file of a skipped step, 1 for the first, in a folder of checkpoints or of logs."""
-    return Path(root) / FOLDER / f"step-{step:08d}.json"
+    return Path(root) / SKIPPED_FOLDER / f"step-{step:08d}.json"
 
 
 def report_skip(run: Run, skip: Skip) -> None:
@@ -50,7 +50,7 @@ def report_skip(run: Run, skip: Skip) -> None:
         path = skip_file(root, skip.step)
         plan = run.plan.step(skip.step - 1, run.progress.consumed_rows)
         try:
-            _write(path, _record(run.plan, plan, skip))
+            replace_text(path, json.dumps(_record(run.plan, plan, skip), indent=1, allow_nan=False) + "\n")
             listed = f"its sources: {path}"
         except OSError as error:
             listed = f"its sources could not be listed: {error}"
@@ -109,15 +109,3 @@ def row_sources(sequence: RowSequence, rows: Sequence[PlannedRow]) -> list[dict[
         }
         for row, shown in zip(rows, images, strict=True)
     ]
-
-
-def _write(path: Path, record: dict[str, Any]) -> None:
-    """Write a file that is complete whenever it has its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_suffix(".tmp")
-    with staged.open("w", encoding="utf-8") as file:
-        json.dump(record, file, indent=1, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    staged.replace(path)

@@ -45,7 +45,7 @@ def train_step(run: Run, batch: StepBatch) -> StepResult:
     """
     engine, optimizer = run.engine, run.trainable.optimizer
     run.watchdog.mark("agree")
-    agreed = agree(batch, engine.groups, run.word())
+    agreed = agree(batch, engine.groups, run.flags())
     run.watchdog.mark("forward_backward")
     engine.zero_gradients()
     optimizer.zero_grad()

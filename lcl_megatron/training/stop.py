@@ -11,7 +11,6 @@ import functools
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -84,7 +83,7 @@ class StopSignal:
         _shield_forked_children()
         self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
 
-    def watch(self, save: str) -> None:
+    def watch_stop_file(self, save: str) -> None:
         """Look for ``SAVE/stop`` from now on; to be called on rank 0 alone, as soon as it may write to the folder.
 
         What an earlier run has left there is removed: its outcome, and a request that came too late for it, which would
@@ -192,9 +191,7 @@ class StopSignal:
             self._leave_now(self._status, f"{number.name} came while leaving: everything is saved, leaving at once")
 
     def _leave_now(self, status: int, message: str) -> None:
-        rank = int(os.environ.get("RANK", "0"))
-        sys.stderr.write(f"{f'[rank {rank}] ' if rank else ''}{message}\n")
-        sys.stderr.flush()
+        launcher.say(message)
         # Nothing else works from a thread while the main thread waits inside a library.
         os._exit(status)
 

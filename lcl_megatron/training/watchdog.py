@@ -61,7 +61,7 @@ class HangLimits:
 
     @classmethod
     def of(cls, config: RunConfig) -> HangLimits:
-        """Return the limits of a run: a tenth more than a collective's, which ends first if there is one."""
+        """Return the limits of a run; a process ends a tenth, at most a minute, after a collective would have."""
         collective = 60 * config.parallel.distributed_timeout_minutes
         exit_s = collective + min(60.0, 0.1 * collective)
         return cls(60 * config.guard.hang_minutes, exit_s, exit_s + 60 * config.checkpoint.save_timeout_minutes)
@@ -111,9 +111,13 @@ class Watchdog:
         self._thread: threading.Thread | None = None
         self._board: Heartbeats | None = None
         self._seen, self._looked_at = self._place, self._place.since
+        """Where the loop was when the thread last looked, and when that was."""
         self._still_s = 0.0
+        """How long the loop has been there, without time in which the thread was not run."""
         self._reading: Reading | None = None
+        """The board in the middle of a hang: whoever has not written since is silent."""
         self._has_spoken = False
+        """Whether this hang has been reported."""
 
     def mark(self, phase: Phase, step: int | None = None) -> None:
         """Say what the loop does from now on.

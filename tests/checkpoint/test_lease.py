@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+from lcl_megatron.checkpoint import lease as lease_module
 from lcl_megatron.checkpoint.lease import LEASE_FILE, Lease, LeaseError
 from tests.checkpoint.test_writer_process import ROOT
 
@@ -89,12 +92,57 @@ def test_a_process_number_of_another_container_says_nothing(tmp_path: Path) -> N
     holder.communicate()
 
 
-def test_a_run_from_before_the_machine_restarted_is_followed_at_once(tmp_path: Path) -> None:
+def test_a_host_of_the_same_name_that_was_started_another_time_may_be_another_machine(tmp_path: Path) -> None:
     first = Lease(tmp_path, "first", beat_s=3600)
-    _edit(tmp_path, boot="another", namespace="pid:[1]")
-    second = Lease(tmp_path, "second", expires_s=3600)
-    second.close()
+    _edit(tmp_path, boot="another")
+    content = (tmp_path / LEASE_FILE).read_text()
+    beating = threading.Timer(0.5, lambda: (tmp_path / LEASE_FILE).write_text(content.replace("0", "1")))
+    beating.start()
+    with pytest.raises(LeaseError, match="is being written by another run"):
+        Lease(tmp_path, "second", expires_s=3600)
+    beating.join()
     first.close()
+
+
+def test_a_process_that_proc_hides_may_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where it is mounted with hidepid, for processes of other users."""
+    root = tmp_path / "root"
+    holder = _holder(root)
+    proc = tmp_path / "proc"
+    (proc / "sys" / "kernel").mkdir(parents=True)
+    (proc / "sys" / "kernel" / "random").symlink_to("/proc/sys/kernel/random")
+    (proc / "self").symlink_to("/proc/self")
+    with monkeypatch.context() as patch:
+        patch.setattr(lease_module, "_PROC", proc)
+        with pytest.raises(LeaseError, match=f"is being written by another run: process {holder.pid} on "):
+            Lease(root, "other")
+        holder.kill()
+        holder.communicate()
+        Lease(root, "other", expires_s=3600).close()
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DSYNC"), reason="the system has no synchronous writes")
+def test_signs_of_life_are_written_through_for_machines_elsewhere(tmp_path: Path) -> None:
+    lease = Lease(tmp_path, "one")
+    _, *held = lease.identity
+    (descriptor,) = [
+        int(name)
+        for name in os.listdir("/proc/self/fd")
+        if os.path.exists(f"/proc/self/fd/{name}") and [os.fstat(int(name)).st_dev, os.fstat(int(name)).st_ino] == held
+    ]
+    assert fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DSYNC
+    lease.close()
+
+
+def test_a_lease_of_another_version_is_respected_while_it_changes(tmp_path: Path) -> None:
+    path = tmp_path / LEASE_FILE
+    path.write_text('{"format": 2, "beat": 1}')
+    beating = threading.Timer(0.5, lambda: path.write_text('{"format": 2, "beat": 2}'))
+    beating.start()
+    with pytest.raises(LeaseError, match="is being written by another run: process 0 on an unknown host"):
+        Lease(tmp_path, "next")
+    beating.join()
+    assert path.exists()
 
 
 def test_a_silent_run_of_another_machine_is_followed_when_its_lease_has_expired(tmp_path: Path) -> None:

@@ -78,8 +78,9 @@ def _foreign(folder: Path) -> None:
     (folder / MANIFEST_FILE).write_text(Manifest(13, "abcd", {}).text())
 
 
-def _outside(folder: Path) -> None:
-    (folder / MANIFEST_FILE).write_text(Manifest(12, "abcd", {"../a.safetensors": FileEntry(1, "")}).text())
+def _names(name: str) -> Callable[[Path], object]:
+    """A manifest, itself intact, that names one file."""
+    return lambda folder: (folder / MANIFEST_FILE).write_text(Manifest(12, "abcd", {name: FileEntry(1, "")}).text())
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,11 @@ def _outside(folder: Path) -> None:
         (_edit(step=11), "manifest.json was changed after it was written"),
         (_edit(format_version=99), "manifest.json was changed after it was written|format .* 99"),
         (_foreign, "manifest.json belongs to step 13, and not to a folder of this name"),
-        (_outside, r"names files outside the checkpoint: '\.\./a.safetensors'"),
+        (_edit(step=float("inf")), "manifest.json is damaged: OverflowError"),
+        (_names("../a.safetensors"), r"names files outside the checkpoint: '\.\./a.safetensors'"),
+        (_names(".."), r"names files outside the checkpoint: '\.\.'"),
+        (_names(""), r"names files outside the checkpoint: ''"),
+        (_names("a\0b"), r"names files outside the checkpoint: 'a\\x00b'"),
     ],
 )
 def test_damage_is_named(damage: Callable[[Path], object], message: str, checkpoint: Path) -> None:

@@ -13,8 +13,16 @@ import torch
 from safetensors.torch import load_file
 
 from lcl_megatron.checkpoint import native
-from lcl_megatron.checkpoint.manifest import read_manifest
-from lcl_megatron.checkpoint.native import CheckpointError, Progress
+from lcl_megatron.checkpoint.folders import (
+    CONFIG_FILE,
+    TOKENIZER_FILE,
+    Progress,
+    find_latest,
+    read_config,
+    step_folder,
+    step_of,
+)
+from lcl_megatron.checkpoint.manifest import CheckpointError, read_manifest
 from lcl_megatron.checkpoint.reader import CheckpointReader
 from lcl_megatron.checkpoint.saver import remove_remains
 from lcl_megatron.config import RunConfig
@@ -48,24 +56,30 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_checkpoint_holds_configuration_and_tokenizer_and_nothing_is_left_beside_it(saved: Path) -> None:
     assert sorted(path.name for path in saved.iterdir()) == [f"step-{step:08d}" for step in range(3)]
-    checkpoint = native.step_folder(saved, 1)
-    assert (checkpoint / native.TOKENIZER_FILE).read_bytes() == b"the tokenizer"
-    assert native.read_config(checkpoint) == ONE
-    assert load_run_config(["--config", str(checkpoint / native.CONFIG_FILE)]) == ONE
+    checkpoint = step_folder(saved, 1)
+    assert (checkpoint / TOKENIZER_FILE).read_bytes() == b"the tokenizer"
+    assert read_config(checkpoint) == ONE
+    assert load_run_config(["--config", str(checkpoint / CONFIG_FILE)]) == ONE
 
 
 def test_latest_is_the_highest_complete_step(tmp_path: Path) -> None:
-    assert native.find_latest(tmp_path / "absent") is None
-    assert native.find_latest(tmp_path) is None
+    assert find_latest(tmp_path / "absent") is None
+    assert find_latest(tmp_path) is None
     for name in ("step-00000009", "step-00000010", "step-100000000", ".staging-step-200000000", "step-x", "step-12"):
         (tmp_path / name).mkdir()
     (tmp_path / "step-300000000").write_text("a file, not a folder")
-    assert native.find_latest(tmp_path) == tmp_path / "step-100000000"
+    assert find_latest(tmp_path) == tmp_path / "step-100000000"
 
 
 def test_latest_of_a_checkpoint_is_itself(saved: Path) -> None:
-    assert native.find_latest(saved) == saved / "step-00000002"
-    assert native.find_latest(str(saved / "step-00000001")) == saved / "step-00000001"
+    assert find_latest(saved) == saved / "step-00000002"
+    assert find_latest(str(saved / "step-00000001")) == saved / "step-00000001"
+
+
+def test_step_of_is_the_inverse_of_step_folder() -> None:
+    assert step_of(step_folder("runs", 123_456_789)) == 123_456_789
+    with pytest.raises(CheckpointError, match=r"runs/best is not called step-NNNNNNNN"):
+        step_of(Path("runs/best"))
 
 
 def _save_over_leftovers(rank: int, world_size: int, root: Path) -> tuple[dict[str, bytes], dict[str, bytes]]:
@@ -77,13 +91,13 @@ def _save_over_leftovers(rank: int, world_size: int, root: Path) -> tuple[dict[s
     (staging,) = root.iterdir()
     assert staging.name.startswith(".staging-step-00000007-")
     (staging / "vision-weights-00009.safetensors").write_bytes(b"of an earlier layout")
-    assert native.find_latest(root) is None
+    assert find_latest(root) is None
     remove_remains(root)
     assert list(root.iterdir()) == []
     native.save(root, trainable, progress, b"")
     first = _contents(root)
     runs.train(trainable, range(1))
-    assert native.save(root, trainable, progress, b"another") == native.step_folder(root, 7)
+    assert native.save(root, trainable, progress, b"another") == step_folder(root, 7)
     return first, _contents(root)
 
 
@@ -117,7 +131,7 @@ def _load_again(rank: int, world_size: int, config: RunConfig, root: Path) -> An
     other = dataclasses.replace(config, training=dataclasses.replace(config.training, seed=5))
     again = runs.build_again(other, trainable)
     fresh = runs.held_state(again)
-    assert native.load(native.step_folder(root, 3), again) == progress
+    assert native.load(step_folder(root, 3), again) == progress
     return before, (runs.held_state(again), again.scheduler.state_dict()), fresh
 
 
@@ -181,7 +195,7 @@ def test_other_architecture_is_refused_with_every_field_that_differs(saved: Path
 
 def test_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no run\.toml; expected a step-NNNNNNNN folder of a training run"):
-        native.read_config(tmp_path)
+        read_config(tmp_path)
 
 
 def _load_model_only(rank: int, world_size: int, config: RunConfig, checkpoint: Path) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from lcl_megatron.checkpoint.manifest import DamagedCheckpointError, write_file
+from lcl_megatron.checkpoint.manifest import MANIFEST_FILE, DamagedCheckpointError, read_manifest, write_file
 from lcl_megatron.checkpoint.reader import CheckpointReader
-from lcl_megatron.checkpoint.shard_file import Entry, Region, Shape, file_header, index_of, read_index, read_pieces
+from lcl_megatron.checkpoint.shard_file import NewPiece, Region, Shape, file_header, index_of, read_index, read_pieces
 from lcl_megatron.checkpoint.shard_writer import complete
 
 
@@ -50,7 +51,7 @@ def write_checkpoint(folder: Path, tensors: dict[str, tuple[np.ndarray, list[Reg
     written = {}
     for number in range(files):
         mine = [
-            (Entry(name, region, "F32", 4), _values(whole, region))
+            (NewPiece(name, region, "F32", 4), _values(whole, region))
             for name, (whole, regions) in tensors.items()
             for region in regions[number::files]
         ]
@@ -110,7 +111,7 @@ def test_files_that_contradict_each_other_are_no_checkpoint(tmp_path: Path) -> N
     paths = []
     for number, shape in enumerate([(4,), (5,)]):
         paths.append(tmp_path / f"{number}.safetensors")
-        paths[-1].write_bytes(file_header([Entry("a", Region.whole(shape), "F32", 4)]) + bytes(4 * math.prod(shape)))
+        paths[-1].write_bytes(file_header([NewPiece("a", Region.whole(shape), "F32", 4)]) + bytes(4 * math.prod(shape)))
     with pytest.raises(ValueError, match=r"1.safetensors: a is F32 \(5,\) here and F32 \(4,\) elsewhere"):
         index_of(paths)
 
@@ -140,9 +141,77 @@ def test_index_of_something_else_is_named(content: str, tmp_path: Path) -> None:
 def test_dtypes_keep_their_bits(tmp_path: Path) -> None:
     """bfloat16 has no numpy dtype: its bytes go through as they are."""
     values = torch.randn(5).bfloat16()
-    content = file_header([Entry("a", Region.whole((5,)), "BF16", 2)]) + values.view(torch.uint8).numpy().tobytes()
+    content = file_header([NewPiece("a", Region.whole((5,)), "BF16", 2)]) + values.view(torch.uint8).numpy().tobytes()
     staging = tmp_path / "staging"
     staging.mkdir()
     entry = write_file(staging / "x.safetensors", content)
     complete(str(staging), str(tmp_path / "c"), 1, "t", {"x.safetensors": (entry.size, entry.sha256)}, None, (0, 0))
     assert torch.equal(CheckpointReader(tmp_path / "c").read(["a"])["a"], values)
+
+
+def _region(**changes: object) -> dict[str, object]:
+    return {"shape": [4, 6], "offset": [0, 0], "size": [4, 6], "begin": 0, "end": 24} | changes
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"position": -8},
+        {"position": 10**15},
+        {"region": _region(begin=-1, end=23)},
+        {"region": _region(begin=0, end=25)},
+        {"region": _region(begin=24, end=0)},
+        {"region": _region(offset=[1, 0])},
+        {"region": _region(offset=[-1, 0])},
+        {"region": _region(size=[24])},
+        {"region": _region(size=[-4, -6])},
+        {"region": _region(shape=[4, 7])},
+        {"region": _region(size=[2, 6], end=12)},
+        {"dtype": "F8"},
+        {"shape": [10**12, 10**6]},
+    ],
+    ids=str,
+)
+def test_an_index_of_the_impossible_is_refused_though_its_hash_is_right(
+    edit: dict[str, object], tmp_path: Path
+) -> None:
+    """Not out of the file's bounds, nor with an allocation of its size."""
+    whole = np.zeros((4, 6), dtype=np.float32)
+    checkpoint = write_checkpoint(tmp_path, {"a": (whole, [Region.whole((4, 6))])}, files=1)
+    index = json.loads((checkpoint / "index.json").read_text())
+    (index["a"] if edit.keys() & index["a"].keys() else index["a"]["pieces"][0]).update(edit)
+    _rewrite(checkpoint, json.dumps(index))
+    with pytest.raises(DamagedCheckpointError, match=r"index.json: the pieces of a are not all inside the tensor"):
+        CheckpointReader(checkpoint)
+
+
+def test_a_piece_that_is_there_twice_does_not_make_up_for_a_gap(tmp_path: Path) -> None:
+    whole = np.arange(24, dtype=np.float32)
+    regions = [replace(Region.whole((24,)), begin=begin, end=begin + 8) for begin in (0, 8, 16)]
+    twice = [regions[0], regions[0], regions[2]]
+    (tmp_path / "bad").mkdir()
+    with pytest.raises(ValueError, match=r"a: elements of its box \[24\] at \[0\] are in no file, or in two"):
+        write_checkpoint(tmp_path / "bad", {"a": (whole, twice)})
+    checkpoint = write_checkpoint(tmp_path, {"a": (whole, regions)}, files=1)
+    index = json.loads((checkpoint / "index.json").read_text())
+    index["a"]["pieces"][1]["region"] |= {"begin": 0, "end": 8}
+    _rewrite(checkpoint, json.dumps(index))
+    with pytest.raises(DamagedCheckpointError, match="8 of 24 values of a are there"):
+        CheckpointReader(checkpoint).read(["a"])
+
+
+def test_numbers_beyond_all_bounds_are_damage(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path, {"a": (np.zeros(4, np.float32), [Region.whole((4,))])}, files=1)
+    text = (checkpoint / "index.json").read_text()
+    _rewrite(checkpoint, text.replace('"position": ', '"position": 1e999'))
+    with pytest.raises(DamagedCheckpointError, match=r"index.json is not the index of a checkpoint: OverflowError"):
+        CheckpointReader(checkpoint)
+
+
+def _rewrite(checkpoint: Path, index: str) -> None:
+    """Replace the index by one with which the manifest agrees."""
+    path = checkpoint / "index.json"
+    path.unlink()
+    manifest = read_manifest(checkpoint)
+    files = manifest.files | {"index.json": write_file(path, index.encode())}
+    (checkpoint / MANIFEST_FILE).write_text(replace(manifest, files=files).text())

@@ -9,9 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from lcl_megatron.checkpoint import native
+from lcl_megatron.checkpoint.folders import Progress, step_folder
 from lcl_megatron.config import RunConfig
 from tests.checkpoint import runs
 from tests.checkpoint.runs import CONFIG, HeldState, Layout
@@ -61,7 +64,7 @@ CROSSINGS = [
     ("bf16", PP3, DP2_PP2X2),
     ("bf16", DP2_PP2X2, PP2_PLAIN),
 ]
-PROGRESS = native.Progress(step=2, consumed_rows=8, consumed_images=10, data={"corpus 0": "abc"})
+PROGRESS = Progress(step=2, consumed_rows=8, consumed_images=10, data={"corpus 0": "abc"})
 
 
 def _train_and_save(rank: int, world_size: int, config: RunConfig, folder: Path) -> HeldState:
@@ -71,11 +74,11 @@ def _train_and_save(rank: int, world_size: int, config: RunConfig, folder: Path)
     return runs.held_state(trainable)
 
 
-def _load(rank: int, world_size: int, config: RunConfig, folder: Path) -> tuple[HeldState, native.Progress]:
+def _load(rank: int, world_size: int, config: RunConfig, folder: Path) -> tuple[HeldState, Progress]:
     # Other initial weights than the run that saved: what is not loaded shows.
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, seed=99))
     trainable = runs.build(config)
-    progress = native.load(native.step_folder(folder, 2), trainable)
+    progress = native.load(step_folder(folder, 2), trainable)
     return runs.held_state(trainable), progress
 
 
@@ -129,3 +132,27 @@ def test_bf16_checkpoint_keeps_float32_values(saved: Callable[..., Any]) -> None
     name = "language.layers.0.mlp.linear_fc1.weight"
     difference = abs(state[f"param/{name}"] - state[f"weight/{name}"])
     assert 0 < difference.max() <= 2**-8 * abs(state[f"param/{name}"]).max()
+
+
+@pytest.mark.parametrize("source", [ONE, DP2_PLAIN], ids=lambda layout: layout.name)
+@pytest.mark.parametrize("target", [DP2, DP2_PLAIN, DP2_PP2X2], ids=lambda layout: layout.name)
+def test_replicas_of_a_run_that_goes_on_in_float32_hold_the_same(
+    source: Layout, target: Layout, saved: Callable[..., Any]
+) -> None:
+    """The float32 values, on all ranks: not rounded ones wherever the rank's optimizer holds no others."""
+    folder, before = saved("bf16", source)
+    after = [rank for rank, _ in run_distributed(_load, target.world_size, target.apply(CONFIG), folder)]
+    expected, found = runs.whole_state(before), runs.whole_state(after)
+    for name, values in expected.items():
+        values = expected[name.replace("weight/", "param/", 1)] if name.startswith("weight/") else values
+        np.testing.assert_array_equal(found[name], values, err_msg=name)
+
+
+def test_a_run_that_goes_on_in_bf16_rounds_the_float32_values(saved: Callable[..., Any]) -> None:
+    folder, before = saved("tied", DP2_PLAIN)
+    expected = runs.whole_state(before)
+    found = runs.whole_state([rank for rank, _ in run_distributed(_load, 2, DP2.apply(BF16), folder)])
+    for name, values in expected.items():
+        rounded = torch.from_numpy(values).bfloat16().float().numpy()
+        is_rounded = name.startswith("weight/") and name != "weight/logit_scale"
+        np.testing.assert_array_equal(found[name], rounded if is_rounded else values, err_msg=name)

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lcl_megatron.checkpoint.native import CheckpointError, Progress, step_folder
+from lcl_megatron.checkpoint.folders import Progress, step_folder
+from lcl_megatron.checkpoint.manifest import CheckpointError
 from lcl_megatron.config import CheckpointConfig, LoggingConfig, RunConfig
 from lcl_megatron.training.loop import train
 from lcl_megatron.training.metrics_reader import read_metrics

@@ -16,9 +16,9 @@ import pytest
 
 from lcl_megatron.checkpoint.lease import LEASE_FILE, Lease, LeaseError
 from lcl_megatron.checkpoint.manifest import verify
-from lcl_megatron.checkpoint.saver import SaveError, Saver
-from lcl_megatron.checkpoint.shard_file import Entry, Region, file_header
-from lcl_megatron.checkpoint.writer_process import FileImage
+from lcl_megatron.checkpoint.saver import SaveError, Saver, remove_remains
+from lcl_megatron.checkpoint.shard_file import NewPiece, Region, file_header
+from lcl_megatron.checkpoint.writer_process import NewFile
 from lcl_megatron.config import CheckpointConfig, ParallelConfig
 from lcl_megatron.parallel.groups import ProcessGroups, initialize
 from tests.checkpoint.test_writer_process import image
@@ -28,8 +28,8 @@ Body = Callable[[Saver, ProcessGroups, Path], Any]
 Run = Callable[..., list[Any]]
 
 
-def _files(rank: int, step: int) -> list[FileImage]:
-    header = file_header([Entry("a", Region((2, 8), (rank, 0), (1, 8), 0, 8), "U8", 1)])
+def _files(rank: int, step: int) -> list[NewFile]:
+    header = file_header([NewPiece("a", Region((2, 8), (rank, 0), (1, 8), 0, 8), "U8", 1)])
     return [image(f"a-{rank}.safetensors", header + bytes([step] * 8)), image(f"text-{rank}", b"t" * rank)]
 
 
@@ -67,7 +67,7 @@ def _begin(saver: Saver, groups: ProcessGroups, step: int) -> None:
 
 def _step(saver: Saver, groups: ProcessGroups) -> None:
     """What the loop does at every step."""
-    saver.advance(*groups.any_rank(*saver.word(0.01)))
+    saver.advance(*groups.any_rank(*saver.poll(0.01)))
 
 
 def _steps(root: Path) -> list[int]:
@@ -130,7 +130,7 @@ def test_a_killed_writer_costs_one_checkpoint_on_all_ranks(
             return str(failure.value)
         saver.finish()
         assert saver.failures == 1
-        with pytest.raises(SaveError, match=r"last 1 checkpoints could not .* that this run completed: step 1"):
+        with pytest.raises(SaveError, match=r"last checkpoint could not .* that this run completed: step 1"):
             saver.require_success()
         _begin(saver, groups, 3)
         saver.finish()
@@ -196,10 +196,54 @@ def test_a_file_in_the_way_is_an_error_on_all_ranks_and_costs_nothing_else(tmp_p
             root.rmdir()
             root.write_text("")
         groups.barrier()
-        with pytest.raises(SaveError, match=r"step 1 could not be written to .*root: rank 0 .*(File exists|Not a dir)"):
+        with pytest.raises(
+            SaveError, match=r"step 1 could not be written to .*root: rank 0 .*(File exists|Not a dir)"
+        ) as e:
             _begin(saver, groups, 1)
+        assert "rank 1" not in str(e.value)
 
     on_two_ranks(body, tmp_path / "root", on_save_error="stop")
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_what_has_the_name_of_a_checkpoint_and_is_none_does_not_pass_for_it(
+    is_folder: bool, tmp_path: Path, on_two_ranks: Run
+) -> None:
+    def body(saver: Saver, groups: ProcessGroups, root: Path) -> None:
+        with pytest.raises(SaveError, match=r"root/step-00000001.*; it is in the way: move it away"):
+            _begin(saver, groups, 1)
+
+    root = tmp_path / "root"
+    root.mkdir()
+    if is_folder:
+        (root / "step-00000001").mkdir()
+    else:
+        (root / "step-00000001").touch()
+    on_two_ranks(body, root, on_save_error="stop")
+    assert _steps(root) == [1]
+
+
+def test_only_remains_of_checkpoints_are_removed(tmp_path: Path) -> None:
+    for name in (".staging-step-00000001-one", ".pruned-step-00000001", ".staging-export", "step-00000002"):
+        (tmp_path / name / "deep").mkdir(parents=True)
+    remove_remains(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".staging-export", "step-00000002"]
+
+
+def test_of_many_ranks_that_fail_alike_a_few_are_named(tmp_path: Path) -> None:
+    def rank(rank: int, world_size: int) -> str:
+        groups = initialize(ParallelConfig(), lambda ranks: ranks[:1])
+        saver = Saver(CheckpointConfig(save=str(tmp_path), on_save_error="stop"), groups, "one", None)
+        # What no rank can write.
+        saver.begin(1, lambda: [image("absent/file", b"")])
+        with pytest.raises(SaveError) as failure:
+            saver.finish()
+        saver.close()
+        return str(failure.value)
+
+    for message in run_distributed(rank, 10):
+        assert all(f"rank {number} " in message for number in range(8))
+        assert "; and 2 more ranks. The one before" in message
 
 
 @pytest.mark.parametrize(
@@ -219,6 +263,42 @@ def test_old_checkpoints_are_deleted_as_asked(
     assert _steps(tmp_path) == kept
     assert (tmp_path / "notes.txt").exists()
     assert not list(tmp_path.glob(".pruned*"))
+
+
+def test_what_is_no_folder_or_of_a_later_step_neither_counts_nor_goes(tmp_path: Path, on_two_ranks: Run) -> None:
+    def body(saver: Saver, groups: ProcessGroups, root: Path) -> None:
+        for step in range(1, 5):
+            _begin(saver, groups, step)
+        saver.finish()
+
+    root, archive = tmp_path / "root", tmp_path / "archive"
+    archive.mkdir()
+    (archive / "file").touch()
+    # Damaged ones that could not be put aside, say: beside them the run's own would be the oldest.
+    for step in (90, 91):
+        (root / f"step-{step:08d}").mkdir(parents=True)
+    (root / "step-00000000").symlink_to(archive)
+    on_two_ranks(body, root, keep_last=2)
+    assert _steps(root) == [0, 3, 4, 90, 91]
+    assert (archive / "file").exists()
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    groups = initialize(ParallelConfig(), lambda ranks: ranks[:1])
+    saver = Saver(CheckpointConfig(save=str(tmp_path), keep_last=2, on_save_error="stop"), groups, "one", None)
+    # Half of it was left by a file system that could not delete everything.
+    (tmp_path / ".pruned-step-00000001" / "rest").mkdir(parents=True)
+    with caplog.at_level(logging.WARNING):
+        for step in (1, 2, 3, 4):
+            saver.begin(step, lambda: _files(0, 1)[1:])
+        saver.finish()
+    assert saver.durable_step == 4
+    assert "an old checkpoint could not be deleted: [Errno 39] Directory not empty: " in caplog.text
+    assert _steps(tmp_path) == [1, 3, 4]
+    saver.close()
+    groups.destroy()
 
 
 def test_a_run_that_has_lost_its_lease_publishes_nothing(tmp_path: Path, on_two_ranks: Run) -> None:
@@ -278,7 +358,14 @@ def test_continuing_says_what_failed(tmp_path: Path, caplog: pytest.LogCaptureFi
             _begin(saver, groups, 1)
         assert saver.failures == 1
         assert "the checkpoint of step 1 could not be written to" in caplog.text
-        assert "training goes on, the next attempt is at the next interval" in caplog.text
+        assert "training goes on, and the next one is written after the next interval" in caplog.text
+        with pytest.raises(
+            SaveError, match=r"the last checkpoint could not .*root \(messages above\).*: none\. See to the folder"
+        ):
+            saver.require_success()
+        saver.failures = 2
+        with pytest.raises(SaveError, match=r"the last 2 checkpoints could not be written"):
+            saver.require_success()
         saver.close()
     finally:
         groups.destroy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import signal
@@ -13,16 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from lcl_megatron.checkpoint.writer_process import FileImage, WriteError, WriterProcess
+from lcl_megatron.checkpoint.writer_process import NewFile, WriteError, WriterProcess
 
 ROOT = Path(__file__).parents[2]
 
 
-def image(name: str, content: bytes) -> FileImage:
+def image(name: str, content: bytes) -> NewFile:
     def fill(memory: memoryview) -> None:
         memory[:] = content
 
-    return FileImage(name, len(content), fill)
+    return NewFile(name, len(content), fill)
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_files_are_what_was_in_memory_and_the_answer_has_their_hashes(writer: Wr
         # Larger at each step, so that the memory has to grow; the last one is smaller again.
         contents = {f"{step}-{k}": os.urandom(1 + 70_000 * ((step + 1) % 3) * k) for k in range(3)}
         writer.submit(tmp_path, [image(name, content) for name, content in contents.items()])
-        answer = writer.answer(timeout=60)
+        answer = writer.answer(wait_s=60)
         assert answer is not None
         for name, content in contents.items():
             assert (tmp_path / name).read_bytes() == content
@@ -60,38 +61,91 @@ def test_files_are_what_was_in_memory_and_the_answer_has_their_hashes(writer: Wr
 
 def test_a_rank_with_nothing_to_write_gets_an_answer_too(writer: WriterProcess, tmp_path: Path) -> None:
     writer.submit(tmp_path, [])
-    assert writer.answer(timeout=60) == {"files": {}}
+    assert writer.answer(wait_s=60) == {"files": {}}
 
 
 def test_what_went_wrong_is_said_with_the_file(writer: WriterProcess, tmp_path: Path) -> None:
     writer.submit(tmp_path / "absent", [image("file", b"x")])
     with pytest.raises(WriteError, match="No such file or directory: '.*absent/file'"):
-        writer.answer(timeout=60)
+        writer.answer(wait_s=60)
     # The same process goes on.
     pid = writer.pid
     writer.submit(tmp_path, [image("file", b"x")])
-    assert writer.answer(timeout=60) is not None
+    assert writer.answer(wait_s=60) is not None
     assert writer.pid == pid
 
 
 def test_a_killed_process_is_noticed_and_replaced(writer: WriterProcess, tmp_path: Path) -> None:
     writer.submit(tmp_path, [image("first", b"x")])
-    assert writer.answer(timeout=60) is not None
+    assert writer.answer(wait_s=60) is not None
     assert writer.pid is not None
     os.kill(writer.pid, signal.SIGSTOP)
     writer.submit(tmp_path, [image("second", b"x")])
     assert writer.answer() is None
     os.kill(writer.pid, signal.SIGKILL)
     with pytest.raises(WriteError, match=r"the writer process \d+ died \(exit status -9\)"):
-        writer.answer(timeout=60)
+        writer.answer(wait_s=60)
     # Dead before the request, too.
     writer.submit(tmp_path, [image("third", b"x")])
-    assert writer.answer(timeout=60) is not None
+    assert writer.answer(wait_s=60) is not None
     os.kill(writer.pid, signal.SIGKILL)
     wait_until_gone(writer.pid)
     writer.submit(tmp_path, [image("fourth", b"x")])
-    assert writer.answer(timeout=60) is not None
+    assert writer.answer(wait_s=60) is not None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "fourth", "third"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_to_the_group_while_the_process_starts_costs_nothing(
+    number: signal.Signals, writer: WriterProcess, tmp_path: Path
+) -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    writer.submit(tmp_path, [image("file", b"x")])
+    assert writer.pid is not None
+    # It has just been started, and Python takes some 20 ms before its first line: no handler is there yet.
+    os.kill(writer.pid, number)
+    assert writer.answer(wait_s=60) is not None
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+
+def test_what_start_up_files_print_is_no_answer(
+    writer: WriterProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text("print('welcome to the cluster', flush=True)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for name in ("first", "second"):
+        writer.submit(tmp_path, [image(name, b"x")])
+        answer = writer.answer(wait_s=60)
+        assert answer is not None
+        assert answer["files"].keys() == {name}
+
+
+def test_processes_leave_no_descriptors_behind(tmp_path: Path) -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    for number in range(3):
+        process = WriterProcess()
+        process.submit(tmp_path, [image(str(number), b"x")])
+        assert process.answer(wait_s=60) is not None
+        process.kill()
+        process.submit(tmp_path / "absent", [image("file", b"x")])
+        with pytest.raises(WriteError):
+            process.answer(wait_s=60)
+        process.close()
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_memory_comes_from_a_file_where_the_kernel_refuses_anonymous_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(name: str, flags: int = 0) -> int:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(os, "memfd_create", refuse, raising=False)
+    process = WriterProcess()
+    process.submit(tmp_path, [image("file", b"content")])
+    assert process.answer(wait_s=60) is not None
+    process.close()
+    assert (tmp_path / "file").read_bytes() == b"content"
 
 
 def test_without_a_process_there_is_no_answer(writer: WriterProcess) -> None:

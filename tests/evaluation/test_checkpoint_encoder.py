@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcl_megatron.checkpoint import native
+from lcl_megatron.checkpoint.manifest import CheckpointError
 from lcl_megatron.evaluation.checkpoint_encoder import frozen_encoders, probe_checkpoint
 from lcl_megatron.parallel import engine as engines
 from lcl_megatron.training.loop import train
@@ -124,7 +124,7 @@ def test_an_encoder_trained_in_half_precision_is_read_in_float32(data: DataFolde
 
 def test_a_folder_without_checkpoints_is_refused(tmp_path: Path) -> None:
     with (
-        pytest.raises(native.CheckpointError, match=r"no complete checkpoint \(step-NNNNNNNN\) in"),
+        pytest.raises(CheckpointError, match=r"no complete checkpoint \(step-NNNNNNNN\) in"),
         frozen_encoders(tmp_path),
     ):
         pass

@@ -12,7 +12,7 @@ import torch
 from lcl_megatron.config import ParallelConfig, RunConfig
 from lcl_megatron.config.image import BLANK_PIXEL
 from lcl_megatron.data.batch import StepBatch
-from lcl_megatron.parallel.agreement import Word, agree
+from lcl_megatron.parallel.agreement import StepFlags, agree
 from lcl_megatron.parallel.groups import ProcessGroups, initialize
 from tests.batches import Document, layout_of, make_rows
 from tests.distributed import run_distributed
@@ -43,7 +43,7 @@ def _agree(
     groups = initialize(config.parallel, lambda pipeline: pipeline[:1])
     coordinates = groups.dp_rank, max(groups.tp_rank, groups.cp_rank), groups.pp_rank
     batch = _step(config, groups, bad.get(coordinates, []))
-    agreed = agree(batch, groups, Word(stop=rank == stops))
+    agreed = agree(batch, groups, StepFlags(stop=rank == stops))
     assert agreed.step == batch.step
     slots = [agreed.pair_slots([m]) for m in (0, 1)]
     return Told(
@@ -53,7 +53,7 @@ def _agree(
         [None if m.images is None else m.images.numpy() for m in agreed.micro_batches],
         agreed.num_pairs,
         agreed.num_bad_images,
-        agreed.word.stop,
+        agreed.flags.stop,
         [(list(s.num_slots), s.is_pair.tolist()) for s in slots],
     )
 

@@ -19,7 +19,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lcl_megatron.checkpoint import native
+from lcl_megatron.checkpoint.folders import find_latest
+from lcl_megatron.checkpoint.manifest import CheckpointError
 from lcl_megatron.config import ConfigError, RunConfig
 from lcl_megatron.config.image import BLANK_PIXEL
 from lcl_megatron.data.batch import StepBatch
@@ -176,7 +177,7 @@ def test_too_many_bad_images_end_the_run_with_a_checkpoint(tmp_path: Path) -> No
     num_bad, num_seen = int(words[0]), int(words[4])
     assert num_seen >= 1000
     assert num_bad / num_seen == pytest.approx(0.5, abs=0.02)
-    latest = native.find_latest(tmp_path / "checkpoints")
+    latest = find_latest(tmp_path / "checkpoints")
     assert latest is not None
     assert latest.name == f"step-{run.progress.step:08d}"
     assert run.progress.step == -(-1000 // 24)
@@ -272,7 +273,7 @@ def test_load_without_a_checkpoint(tmp_path: Path, intact: DataFolder, checkpoin
     empty = tmp_path / "empty"
     (empty / ".staging-step-00000001").mkdir(parents=True)
     for folder in (empty, tmp_path / "nowhere"):
-        with pytest.raises(native.CheckpointError, match=r"--load .*: no complete checkpoint .*leave --load out"):
+        with pytest.raises(CheckpointError, match=r"--load .*: no complete checkpoint .*leave --load out"):
             open_run(small_config(intact.corpus, checkpoint={"load": str(folder)}))
 
 
@@ -280,7 +281,7 @@ def test_a_checkpoint_of_another_architecture(intact: DataFolder, checkpoints: P
     config = small_config(
         intact.corpus, checkpoint={"load": str(checkpoints)}, language={"num_layers": 3}, vision={"class_token": False}
     )
-    with pytest.raises(native.CheckpointError) as caught:
+    with pytest.raises(CheckpointError) as caught:
         open_run(config)
     message = str(caught.value)
     assert "vision.class_token: True in the checkpoint, False in this run" in message
@@ -300,9 +301,7 @@ def test_going_on_with_other_data_is_refused(tmp_path: Path, intact: DataFolder,
         (intact.corpus, {"training": {"seed": 5}}, r"training.seed: \d+ in the checkpoint, 5 here"),
         (intact.corpus, {"data": {"seq_length": 64}}, r"data.seq_length: \d+ in the checkpoint, 64 here"),
     ):
-        with pytest.raises(
-            native.CheckpointError, match=f"was trained on other data:\n  {change}\n.*--allow-data-change"
-        ):
+        with pytest.raises(CheckpointError, match=f"was trained on other data:\n  {change}\n.*--allow-data-change"):
             open_run(small_config(corpus, checkpoint=load, **sections))
         allowed = load | {"allow_data_change": True}
         with run_from(small_config(corpus, checkpoint=allowed, **sections)) as run:

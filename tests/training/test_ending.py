@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lcl_megatron.checkpoint.native import CheckpointError
+from lcl_megatron.checkpoint.manifest import CheckpointError
 from lcl_megatron.config import ConfigError
 from lcl_megatron.data.storage.indexed_file import CorpusError
 from lcl_megatron.training.bad_images import TooManyBadImagesError

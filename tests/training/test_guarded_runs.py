@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from lcl_megatron.checkpoint.saver import SaveError
 from lcl_megatron.config import RunConfig
 from lcl_megatron.parallel.parameter_hash import ReplicaMismatchError
 from lcl_megatron.training.loop import train
@@ -51,6 +52,33 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(data: DataFolder, tmp_path:
         train(run)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["skipped", "step-00000001"]
     assert len(list((tmp_path / "skipped").iterdir())) == limit + 1
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_hide_why_the_run_ends(
+    data: DataFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sections = {"checkpoint": {"save": str(tmp_path), "save_interval": 1}, "guard": {"max_skipped_steps": 0}}
+    (tmp_path / "step-00000001").touch()
+    with training(config_of(data, **sections), nan_from(1)) as run, pytest.raises(NonFiniteError, match="norm nan"):
+        train(run)
+    assert "the last checkpoint could not be written" in caplog.text
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+def test_a_run_does_not_save_into_a_checkpoint(data: DataFolder, tmp_path: Path, is_named: bool) -> None:
+    """The next start would go on from that one again, whatever had been saved in it."""
+    save = tmp_path / "root"
+    with run_from(config_of(data, checkpoint={"save": str(save)})) as run:
+        train(run)
+    (inner,) = save.glob("step-*")
+    inner = inner if is_named else inner.rename(save / "best")
+    before = sorted(inner.iterdir())
+    with (
+        pytest.raises(SaveError, match=r"it is a checkpoint, by its name or its run.toml; give the folder that holds"),
+        run_from(config_of(data, checkpoint={"save": str(inner)})),
+    ):
+        pass
+    assert sorted(inner.iterdir()) == before
 
 
 def test_a_step_that_is_taken_begins_the_count_anew(data: DataFolder, tmp_path: Path) -> None:

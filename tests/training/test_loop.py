@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lcl_megatron.checkpoint import native
+from lcl_megatron.checkpoint.folders import read_config
 from lcl_megatron.config import RunConfig
 from lcl_megatron.config.toml import to_toml
 from lcl_megatron.training.loop import train
@@ -87,7 +87,7 @@ def test_a_run_leaves_reports_curves_and_checkpoints(
     for report in reports:
         assert report.keys() == REPORTED | {"step", "time"}
     assert saved_steps(save) == [5, 8]
-    assert native.read_config(save / "step-00000008").data == config.data
+    assert read_config(save / "step-00000008").data == config.data
     assert "loss/generation" in (logs / "curves.html").read_text()
     events = EventAccumulator(str(logs / "tensorboard"))
     events.Reload()

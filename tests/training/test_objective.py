@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from lcl_megatron.config import LossConfig, ParallelConfig
 from lcl_megatron.data.batch import PackedBatch, StepLayout
 from lcl_megatron.model.lcl import LCLOutput
-from lcl_megatron.parallel.agreement import AgreedStep, Word
+from lcl_megatron.parallel.agreement import AgreedStep, StepFlags
 from lcl_megatron.parallel.groups import ProcessGroups, initialize
 from lcl_megatron.training.objective import Objective
 from tests.distributed import run_distributed
@@ -200,7 +200,7 @@ def _losses_without_value(rank: int, world_size: int, scope: str, spoilt: str, v
         has_context=torch.ones(COUNT, dtype=torch.bool),
         image_ok=torch.ones(COUNT, dtype=torch.bool),
     )
-    agreed = AgreedStep(0, layout, (batch,), np.ones(COUNT, dtype=bool), Word())
+    agreed = AgreedStep(0, layout, (batch,), np.ones(COUNT, dtype=bool), StepFlags())
     loss = LossConfig(contrastive_loss_weight=0.1, latent_regression_loss_weight=0.5)
     found: dict[str, Any] = {}
     for name in ("healthy", spoilt):

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from lcl_megatron.checkpoint import native
+from lcl_megatron.checkpoint.folders import Progress, step_folder
+from lcl_megatron.checkpoint.manifest import CheckpointError
 from lcl_megatron.config import RunConfig
 from lcl_megatron.training.loop import save_checkpoint, train
 from lcl_megatron.training.replay import find_step, replay
@@ -68,7 +69,7 @@ def test_rows_are_the_parts_of_the_step(data: DataFolder, tmp_path: Path) -> Non
                 assert run.saver is not None
                 run.saver.finish()
             result = train_step(run, batch)
-            run.progress = native.Progress(batch.step + 1, 9 * (batch.step + 1), 0, run.progress.data)
+            run.progress = Progress(batch.step + 1, 9 * (batch.step + 1), 0, run.progress.data)
         targets = batch.layout.num_targets
         counts = [plan_row_targets(run, row) for row in range(9, 18)]
     rows = list(replay(find_step(tmp_path, 2)))
@@ -158,19 +159,41 @@ def test_weights_are_the_newest_that_the_step_met(spoilt: Path, tmp_path: Path) 
     for step in range(1, 7):
         # A step that was skipped left its weights as they were, so a checkpoint of its number would do too.
         usable = [number for number in saved if number < step or (number == step and step in skipped)]
-        assert find_step(spoilt, step).checkpoint == native.step_folder(spoilt, usable[-1])
+        assert find_step(spoilt, step).checkpoint == step_folder(spoilt, usable[-1])
     (tmp_path / "skipped").mkdir()
-    with pytest.raises(native.CheckpointError, match=r"holds no checkpoint of a step before 7 \(steps found: none\)"):
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint of a step before 7 \(steps found: none\)"):
         find_step(tmp_path, 7)
     shutil.copytree(spoilt / "step-00000000", tmp_path / "step-00000009")
-    with pytest.raises(native.CheckpointError, match=r"\(steps found: \[9\]\); give the --save folder"):
+    with pytest.raises(CheckpointError, match=r"\(steps found: \[9\]\); give the --save folder"):
         find_step(tmp_path, 9)
 
 
 def test_rows_are_found_by_record_by_count_or_as_told(spoilt: Path) -> None:
     found = find_step(spoilt, 100)
-    assert (found.first_row, found.first_row_from) == (99 * 6, "99 steps of 6 rows")
+    assert (found.first_row, found.first_row_from) == (99 * 6, "36 before step-00000006, 93 steps of 6 rows")
     assert find_step(spoilt, 100, first_row=5).first_row == 5
+
+
+def test_rows_of_a_run_whose_batch_has_grown_are_those_that_the_step_read(data: DataFolder, tmp_path: Path) -> None:
+    for steps, rows in ((3, 3), (5, 9)):
+        training = {"train_iters": steps, "global_batch_size": rows}
+        with run_from(config_of(data, tmp_path, training=training)) as run:
+            train(run)
+            # Progress, and not this file's arithmetic, says what the last step read.
+            first = run.progress.consumed_rows - rows
+    assert [row.sources["row"] for row in replay(find_step(tmp_path, 5))] == list(range(first, first + 9)) != []
+    assert find_step(tmp_path, 6).first_row == first + 9
+
+
+def test_a_step_that_was_taken_is_not_replayed_on_other_data(data: DataFolder, tmp_path: Path) -> None:
+    with run_from(config_of(data, tmp_path / "save", training={"train_iters": 3})) as run:
+        train(run)
+    other = DataFolder(tmp_path / "data")
+    other.write([plain_document(number) for number in range(1, 19)])
+    shutil.copy(data.tokenizer, other.path / "tokenizer.model")
+    other.preprocess()
+    with pytest.raises(CheckpointError, match=r"step 4 was read from other data .*--data-path"):
+        next(replay(find_step(tmp_path / "save", 4, data_path=(str(other.corpus),))))
 
 
 def test_other_data_and_damaged_records_are_refused(
@@ -184,7 +207,7 @@ def test_other_data_and_damaged_records_are_refused(
     other.write([plain_document(number) for number in range(1, 19)])
     shutil.copy(data.tokenizer, other.path / "tokenizer.model")
     other.preprocess()
-    with pytest.raises(native.CheckpointError, match=f"step {step} was read from other data .*--data-path"):
+    with pytest.raises(CheckpointError, match=f"step {step} was read from other data .*--data-path"):
         next(replay(find_step(save, step, data_path=(str(other.corpus),))))
     for damage in ("{", "[]", '{"step": 1}'):
         record.write_text(damage)
@@ -207,7 +230,7 @@ def test_images_that_cannot_be_decoded_are_said(
         run.saver.finish()
     call(monkeypatch, tmp_path / "save", "--step", 1, "--precision", "bf16")
     first, *said, last = capsys.readouterr().out.splitlines()
-    assert "(0 steps of 12 rows), in bf16, " in first
+    assert "(0 before step-00000000, 0 steps of 12 rows), in bf16, " in first
     assert json.loads(last)["non_finite_rows"] == []
     assert sum(line.startswith("row ") for line in said) == 12
     assert [line for line in said if "not decoded: " in line and "(4a.png)" in line]

@@ -180,10 +180,10 @@ def test_the_loss_to_differentiate_is_the_weighted_sum(corpus: Path, weights: tu
 def test_a_request_to_stop_travels_with_the_step(corpus: Path) -> None:
     with run_from(small_config(corpus)) as run:
         batches = iter(run.loader)
-        assert not train_step(run, next(batches)).agreed.word.stop
+        assert not train_step(run, next(batches)).agreed.flags.stop
         run.stop.begin()
         signal.raise_signal(signal.SIGTERM)
-        assert train_step(run, next(batches)).agreed.word.stop
+        assert train_step(run, next(batches)).agreed.flags.stop
 
 
 def test_drop_path_of_a_step_depends_on_the_step(corpus: Path) -> None:

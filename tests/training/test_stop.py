@@ -179,7 +179,7 @@ def test_signals_are_given_back() -> None:
 
 def test_the_stop_file_is_seen_and_removed_when_obeyed(tmp_path: Path) -> None:
     stop = StopSignal()
-    stop.watch(str(tmp_path))
+    stop.watch_stop_file(str(tmp_path))
     assert not stop.requested
     (tmp_path / "stop").touch()
     end = time.monotonic() + PATIENCE_S
@@ -195,7 +195,7 @@ def test_a_request_to_an_earlier_run_is_not_obeyed(tmp_path: Path, caplog: pytes
     for name in ("stop", "outcome.json"):
         (tmp_path / name).touch()
     stop = StopSignal()
-    stop.watch(str(tmp_path))
+    stop.watch_stop_file(str(tmp_path))
     assert not stop.requested
     assert list(tmp_path.iterdir()) == []
     assert f"{tmp_path / 'stop'} was there before this run began: removed, and not obeyed" in caplog.text
@@ -207,7 +207,7 @@ def test_ranks_that_were_started_again_obey_a_request_to_those_before(
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     (tmp_path / "stop").touch()
     stop = StopSignal()
-    stop.watch(str(tmp_path))
+    stop.watch_stop_file(str(tmp_path))
     assert stop.requested
 
 
@@ -215,7 +215,7 @@ def test_a_run_without_a_folder_has_no_stop_file(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     (tmp_path / "stop").touch()
     stop = StopSignal()
-    stop.watch("")
+    stop.watch_stop_file("")
     assert not stop.requested
     assert (tmp_path / "stop").exists()
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcl_megatron.checkpoint.native import CheckpointError
+from lcl_megatron.checkpoint.manifest import CheckpointError
 from lcl_megatron.data.batch import PackedBatch
 from lcl_megatron.evaluation.encoders.preprocessing import Preprocessing
 from lcl_megatron.evaluation.transfer.image_sets import DataError
