@@ -9,13 +9,16 @@ Only the standard library is needed: the writer process imports this module.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, TypeVar
 
 FORMAT = "lcl_megatron checkpoint"
 FORMAT_VERSION = 1
@@ -23,6 +26,10 @@ MANIFEST_FILE = "manifest.json"
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 """Name of the folder of a complete checkpoint."""
 _PIECE = 1 << 22
+_CERTAIN = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG})
+"""Errors that say that a file is not there, and not that it cannot be read just now."""
+_ATTEMPTS_TO_READ, _SECONDS_BETWEEN_READS = 3, 1.0
+T = TypeVar("T")
 
 
 class CheckpointError(ValueError):
@@ -33,6 +40,10 @@ class DamagedCheckpointError(CheckpointError):
     """A checkpoint whose files are not those that were written."""
 
 
+class UnreadableCheckpointError(DamagedCheckpointError):
+    """A checkpoint whose files cannot be read here and now; whether they are damaged is not known."""
+
+
 @dataclass(frozen=True)
 class FileEntry:
     """What a file of a checkpoint holds."""
@@ -41,6 +52,16 @@ class FileEntry:
     """Bytes."""
     sha256: str
     """SHA-256 of its bytes, as hex."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What is wrong with a file."""
+
+    text: str
+    """For messages; begins with the file's name."""
+    is_certain: bool = True
+    """False = the file system would not let it be read, as one node's may for a while."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +91,14 @@ def read_manifest(folder: Path) -> Manifest:
     """Return the manifest of a checkpoint; no other file is read.
 
     Raises:
+        CheckpointError: it is intact, and of another version's format.
         DamagedCheckpointError: there is none, it was changed after it was written, it belongs to another step than the
             folder's name says, or it names files outside the folder.
+        UnreadableCheckpointError: the file system does not let it be read.
     """
     path = folder / MANIFEST_FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(_patiently(lambda: path.read_text(encoding="utf-8")))
         recorded = content.pop("sha256")
         found = content["format"], content["format_version"]
         is_intact = recorded == _content_hash(content)
@@ -85,13 +108,18 @@ def read_manifest(folder: Path) -> Manifest:
         raise DamagedCheckpointError(
             f"{folder} has no {MANIFEST_FILE}: it is no complete checkpoint of this version"
         ) from error
+    except OSError as error:
+        kind = DamagedCheckpointError if error.errno in _CERTAIN else UnreadableCheckpointError
+        raise kind(f"{path} cannot be read: {error.strerror}") from error
     # Damaged JSON raises nearly anything, down to RecursionError.
-    except (OSError, ArithmeticError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ArithmeticError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpointError(f"{path} is damaged: {type(error).__name__} {error}") from error
-    if found != (FORMAT, FORMAT_VERSION):
-        raise DamagedCheckpointError(f"{path}: format {found}; this version reads {(FORMAT, FORMAT_VERSION)}")
     if not is_intact:
         raise DamagedCheckpointError(f"{path} was changed after it was written: it contradicts its own hash")
+    if found != (FORMAT, FORMAT_VERSION):
+        raise CheckpointError(
+            f"{path}: format {found}; this version reads {(FORMAT, FORMAT_VERSION)}: take the version that wrote it"
+        )
     named = STEP_FOLDER.fullmatch(folder.name)
     if named and int(named[1]) != manifest.step:
         raise DamagedCheckpointError(f"{path} belongs to step {manifest.step}, and not to a folder of this name")
@@ -100,16 +128,17 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def damage_of(folder: Path, name: str, entry: FileEntry) -> str:
-    """Return what is wrong with a file of a checkpoint; empty = nothing. Reads all of it."""
+def damage_of(folder: Path, name: str, entry: FileEntry) -> Damage | None:
+    """Return what is wrong with a file of a checkpoint; None = nothing. Reads all of it."""
     path = folder / name
     try:
-        size = path.stat().st_size
+        size = _patiently(path.stat).st_size
         if size != entry.size:
-            return f"{name} holds {size} bytes instead of {entry.size}"
-        return "" if file_sha256(path) == entry.sha256 else f"{name} was changed after it was written"
+            return Damage(f"{name} holds {size} bytes instead of {entry.size}")
+        is_same = _patiently(lambda: file_sha256(path)) == entry.sha256
+        return None if is_same else Damage(f"{name} was changed after it was written")
     except OSError as error:
-        return f"{name} cannot be read: {error.strerror}"
+        return Damage(f"{name} cannot be read: {error.strerror}", is_certain=error.errno in _CERTAIN)
 
 
 def verify(folder: Path) -> Manifest:
@@ -124,10 +153,11 @@ def verify(folder: Path) -> Manifest:
     return manifest
 
 
-def raise_damages(folder: Path, damages: list[str]) -> None:
-    """Raise DamagedCheckpointError if any of some descriptions is not empty."""
+def raise_damages(folder: Path, damages: list[Damage | None]) -> None:
+    """Raise DamagedCheckpointError, or UnreadableCheckpointError where no damage is certain, if there is any."""
     if found := [damage for damage in damages if damage]:
-        raise DamagedCheckpointError(f"{folder} is damaged: {'; '.join(found)}")
+        kind = DamagedCheckpointError if any(damage.is_certain for damage in found) else UnreadableCheckpointError
+        raise kind(f"{folder} is damaged: {'; '.join(damage.text for damage in found)}")
 
 
 def file_sha256(path: Path) -> str:
@@ -158,6 +188,18 @@ def write_file(path: Path, content: memoryview | bytes) -> FileEntry:
         # A failing write does not say which file it was.
         raise OSError(error.errno, error.strerror, str(path)) from error
     return FileEntry(len(view), digest.hexdigest())
+
+
+def _patiently(read: Callable[[], T]) -> T:
+    """Read what a file system may refuse for a moment (a stale handle, a lost server), some times."""
+    for _ in range(_ATTEMPTS_TO_READ - 1):
+        try:
+            return read()
+        except OSError as error:
+            if error.errno in _CERTAIN:
+                raise
+            time.sleep(_SECONDS_BETWEEN_READS)
+    return read()
 
 
 def _content_hash(content: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 
 from lcl_megatron.checkpoint import shard_writer
 
+_SECONDS_TO_DIE = 5.0
 _ALIGNMENT = 4096
 _NOT_FOR_IT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Signals to the whole process group that mean the rank; see ``shard_writer.main``."""
@@ -198,7 +199,8 @@ class WriterProcess:
         """Drop a process that has ended or is about to."""
         if self._process is not None:
             process, self._process, self._received = self._process, None, b""
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it cannot die while the kernel waits for a disk
+                process.wait(_SECONDS_TO_DIE)
             os.close(self._answers)
             self._answers = -1
             if process.stdin is not None:

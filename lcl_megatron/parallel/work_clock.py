@@ -24,11 +24,14 @@ class WorkClock:
     def __init__(self, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
         self._seconds = 0.0
+        self.stretches = 0
+        """Stretches that have begun; one more says that the rank gets on."""
         self._pending: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Count what happens inside."""
+        self.stretches += 1
         if not self._is_cuda:
             begin = time.perf_counter()
             yield

@@ -5,12 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from dataclasses import asdict
 from pathlib import Path
 
 from lcl_megatron.checkpoint import native
-from lcl_megatron.checkpoint.folders import Progress, complete_checkpoints
-from lcl_megatron.checkpoint.manifest import CheckpointError, DamagedCheckpointError, damage_of, read_manifest
+from lcl_megatron.checkpoint.folders import Progress, complete_checkpoints, read_config
+from lcl_megatron.checkpoint.manifest import (
+    CheckpointError,
+    Damage,
+    DamagedCheckpointError,
+    UnreadableCheckpointError,
+    damage_of,
+    read_manifest,
+)
 from lcl_megatron.config import CheckpointConfig, RunConfig
+from lcl_megatron.config.toml import section_types
 from lcl_megatron.data.planning.plan import Plan
 from lcl_megatron.parallel.groups import ProcessGroups
 
@@ -50,17 +59,22 @@ def _newest_whole(
 
     Raises:
         DamagedCheckpointError: none of them is.
+        CheckpointError: one is of another version's format.
     """
     damaged: list[str] = []
+    certain: list[Path] = []
     for checkpoint in checkpoints:
-        damages = sorted({damage for damage in groups.gather_texts(_damage(checkpoint, config, groups)) if damage})
+        told = groups.gather_texts(json.dumps([asdict(damage) for damage in _damages(checkpoint, config, groups)]))
+        damages = [Damage(**damage) for text in told for damage in json.loads(text)]
         if not damages:
             if groups.rank == 0 and may_put_aside:
                 # Not before one is found that is whole: the next start would else find an empty folder, and begin anew.
-                for other in checkpoints[: len(damaged)]:
+                for other in certain:
                     _put_aside(other)
             return checkpoint
-        damaged.append(f"{checkpoint} is damaged: {'; '.join(damages)}")
+        if any(damage.is_certain for damage in damages):
+            certain.append(checkpoint)
+        damaged.append(f"{checkpoint} is damaged: {'; '.join(sorted({damage.text for damage in damages}))}")
         if groups.rank == 0:
             logger.error("%s; the one before is tried", damaged[-1])
     listed = "\n  ".join(damaged)
@@ -70,14 +84,15 @@ def _newest_whole(
     )
 
 
-def _damage(checkpoint: Path, config: CheckpointConfig, groups: ProcessGroups) -> str:
+def _damages(checkpoint: Path, config: CheckpointConfig, groups: ProcessGroups) -> list[Damage]:
     """Return what this rank finds wrong with its share of a checkpoint's files."""
     try:
         files = sorted(read_manifest(checkpoint).files.items())
     except DamagedCheckpointError as error:
-        return str(error)
+        return [Damage(str(error), is_certain=not isinstance(error, UnreadableCheckpointError))]
     share = files[groups.rank :: groups.world_size] if config.verify_checkpoint else []
-    return "; ".join(filter(None, (damage_of(checkpoint, name, entry) for name, entry in share)))
+    found = (damage_of(checkpoint, name, entry) for name, entry in share)
+    return [damage for damage in found if damage is not None]
 
 
 def _put_aside(checkpoint: Path) -> None:
@@ -107,6 +122,8 @@ def resume(config: RunConfig, plan: Plan, trainable: native.Trainable, checkpoin
     if trainable.engine.groups.rank == 0:
         ignored = f"; --init-weights {config.checkpoint.init_weights} is for new runs and was not read"
         logger.info("continuing from %s%s", checkpoint, ignored if config.checkpoint.init_weights else "")
+        if changes := changed_settings(read_config(checkpoint), config):
+            logger.info("settings that have changed since:\n  %s", "\n  ".join(changes))
     return progress
 
 
@@ -133,3 +150,17 @@ def _on_this_data(config: RunConfig, plan: Plan, checkpoint: Path, progress: Pro
         )
     logger.warning("continuing %s with the first row of other data:\n  %s", checkpoint, listed)
     return dataclasses.replace(progress, consumed_rows=0, data=plan.description)
+
+
+def changed_settings(before: RunConfig, now: RunConfig) -> list[str]:
+    """Return the settings of a run that goes on which are others than those of its checkpoint, for the log.
+
+    Where a run saves and what it says (sections ``checkpoint`` and ``logging``) changes nothing in it.
+    """
+    return [
+        f"{section}.{field.name}: {old!r} in the checkpoint, {new!r} now"
+        for section in section_types()
+        if section not in ("checkpoint", "logging")
+        for field in dataclasses.fields(getattr(now, section))
+        if (old := getattr(getattr(before, section), field.name)) != (new := getattr(getattr(now, section), field.name))
+    ]

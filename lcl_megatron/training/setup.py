@@ -163,6 +163,7 @@ def _build(
         _log_data(plan)
     checkpoint = checkpoint_to_resume(config.checkpoint, groups)
     engine = engines.build_engine(config, groups)
+    watchdog.follow(lambda: engine.work.stretches)
     logger.debug("%s holds %s", groups.describe(), " | ".join(", ".join(stage.pieces) for stage in engine.stages))
     if config.checkpoint.init_weights and checkpoint is None:
         # Before the optimizer, whose float32 values begin as the weights.

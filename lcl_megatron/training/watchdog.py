@@ -8,8 +8,9 @@ that looks whether its loop gets on, and tells the others through ``parallel.hea
 - past ``parallel.distributed_timeout_minutes``, when every collective has given up, a process that still stands (a
   dead file system, say) ends itself, so that the launcher starts the run anew.
 
-All times are of monotonic clocks, and time in which the thread itself was not run (a stopped process, a machine that
-was suspended) is not counted.
+All times are of monotonic clocks. Time in which the thread itself was not run (a stopped process, a machine that was
+suspended) is not counted, except by the second line, ``faulthandler``: it may end a process that goes on after it was
+stopped for longer than the limit.
 """
 
 from __future__ import annotations
@@ -110,7 +111,9 @@ class Watchdog:
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
         self._board: Heartbeats | None = None
-        self._seen, self._looked_at = self._place, self._place.since
+        self._passes: Callable[[], int] = lambda: 0
+        """Forward passes that have begun: a step of many micro-batches gets on within one phase."""
+        self._seen, self._looked_at = (self._place, 0), self._place.since
         """Where the loop was when the thread last looked, and when that was."""
         self._still_s = 0.0
         """How long the loop has been there, without time in which the thread was not run."""
@@ -131,6 +134,10 @@ class Watchdog:
         if before.phase in _DISK_PHASES and self._thread is not None:
             # The thread, which may not come to run again, has allowed for the time of a disk.
             self._put_off_end(self._limits.exit_in(phase))
+
+    def follow(self, passes: Callable[[], int]) -> None:
+        """Take the number of forward passes, which goes up within a step, for a sign of progress too."""
+        self._passes = passes
 
     def start(self) -> None:
         """Begin to watch, unless ``report_s`` is 0; collective over all ranks, on the host."""
@@ -205,10 +212,11 @@ class Watchdog:
         place, now = self._place, self._clock()
         # No more than the thread slept: a process that was stopped for an hour did not hang for an hour.
         passed, self._looked_at = min(now - self._looked_at, 3 * board.interval), now
-        if place is not self._seen:
+        seen = place, self._passes()
+        if seen[0] is not self._seen[0] or seen[1] != self._seen[1]:
             if self._has_spoken and place.phase != "failed":
                 self._write(f"{self._groups.describe()} goes on again, after {self._still_s:.0f} s", stacks=False)
-            self._seen, self._still_s, self._reading, self._has_spoken = place, 0.0, None, False
+            self._seen, self._still_s, self._reading, self._has_spoken = seen, 0.0, None, False
         else:
             self._still_s += passed
         left = self._limits.exit_in(place.phase) - self._still_s

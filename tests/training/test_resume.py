@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lcl_megatron.checkpoint import manifest
 from lcl_megatron.checkpoint.folders import CONFIG_FILE
 from lcl_megatron.checkpoint.manifest import (
     MANIFEST_FILE,
@@ -15,9 +18,9 @@ from lcl_megatron.checkpoint.manifest import (
     Manifest,
     write_file,
 )
-from lcl_megatron.config import CheckpointConfig, ParallelConfig
+from lcl_megatron.config import CheckpointConfig, ParallelConfig, RunConfig
 from lcl_megatron.parallel.groups import initialize
-from lcl_megatron.training.resume import checkpoint_to_resume
+from lcl_megatron.training.resume import changed_settings, checkpoint_to_resume
 from tests.distributed import run_distributed
 
 
@@ -112,3 +115,49 @@ def test_without_verification_only_the_manifest_is_read(tmp_path: Path) -> None:
     assert choose(tmp_path, verify_checkpoint=False) == "save/step-00000003"
     _damage(tmp_path / "save", 3, MANIFEST_FILE)
     assert choose(tmp_path, verify_checkpoint=False) == "save/step-00000002"
+
+
+def test_what_one_node_cannot_read_for_a_while_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one before is used, and nothing is put aside; the file system of one rank fails."""
+    save = tmp_path / "save"
+    _checkpoints(save, 2, 3)
+    real = manifest.file_sha256
+    failing = save / "step-00000003" / "b"
+
+    def refusing(path: Path) -> str:
+        if path == failing:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path)
+
+    monkeypatch.setattr(manifest, "file_sha256", refusing)
+    monkeypatch.setattr(manifest, "_SECONDS_BETWEEN_READS", 0.01)
+    assert choose(tmp_path) == "save/step-00000002"
+    assert sorted(path.name for path in save.iterdir()) == ["step-00000002", "step-00000003"]
+    with pytest.raises(manifest.UnreadableCheckpointError, match="b cannot be read: Input/output error"):
+        manifest.verify(save / "step-00000003")
+    monkeypatch.setattr(manifest, "file_sha256", real)
+    assert choose(tmp_path) == "save/step-00000003"
+
+
+def test_a_checkpoint_of_another_version_ends_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _checkpoints(tmp_path / "save", 2)
+    monkeypatch.setattr(manifest, "FORMAT_VERSION", 99)
+    _checkpoints(tmp_path / "save", 3)
+    monkeypatch.undo()
+    refusal = choose(tmp_path)
+    assert "format ('lcl_megatron checkpoint', 99)" in str(refusal)
+    assert "take the version that wrote it" in str(refusal)
+    assert (tmp_path / "save" / "step-00000003").is_dir()
+
+
+def test_settings_that_have_changed_are_told() -> None:
+    before = RunConfig()
+    now = dataclasses.replace(
+        before,
+        optimizer=dataclasses.replace(before.optimizer, lr=1e-4),
+        checkpoint=CheckpointConfig(save="elsewhere"),
+    )
+    assert changed_settings(before, before) == []
+    assert changed_settings(before, now) == ["optimizer.lr: 0.0003 in the checkpoint, 0.0001 now"]

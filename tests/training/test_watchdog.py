@@ -230,6 +230,32 @@ def test_a_clock_that_jumps_is_no_hang(tmp_path: Path, monkeypatch: pytest.Monke
         groups.destroy()
 
 
+def test_a_long_step_that_gets_on_is_no_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many micro-batches within one phase: as long as forward passes begin, nothing is said."""
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    looks: list[int] = []
+
+    def passes() -> int:
+        # One more at every look, for five times as many looks as would make a report.
+        looks.append(len(looks))
+        return min(len(looks), 20)
+
+    groups = initialize(ParallelConfig(), lambda pipeline: pipeline[:1])
+    watchdog = Watchdog(groups, HangLimits(0.4, 1e6, 1e6), tmp_path)
+    watchdog.follow(passes)
+    path = tmp_path / "rank-00000.txt"
+    try:
+        watchdog.start()
+        watchdog.mark("forward_backward", 1)
+        wait_until(lambda: len(looks) >= 20, "looks")
+        assert not path.exists()
+        wait_until(lambda: has(path, "hangs: step 1, forward_backward"), "a report when the passes have ended")
+    finally:
+        watchdog.close()
+        groups.destroy()
+
+
 def test_a_file_that_cannot_be_written_does_not_silence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
