@@ -26,7 +26,6 @@ setup(
         # 2.8 runs; 2.10 closes known holes of torch.load(weights_only=True): prefer it for checkpoints of others.
         "torch>=2.8",
         "megatron-core>=0.16.1,<0.17",
-        "psutil>=5.9",  # megatron-core's checkpoint writer imports it without declaring it
         "numpy>=1.26",
         "pillow>=10.3",
         "safetensors>=0.4.3",
@@ -51,6 +50,6 @@ setup(
             "pycocoevalcap>=1.2",  # BLEU and CIDEr as the COCO server computes them
             "webdataset>=1.0",
         ],
-        "dev": ["hypothesis>=6.100", "mypy>=2.0", "pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.15"],
+        "dev": ["hypothesis>=6.100", "mypy>=2.0", "psutil>=5.9", "pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.15"],
     },
 )
