@@ -38,3 +38,12 @@ def in_batches(
         except ChildError as error:
             findings.fail(f"{together[0][0]}-{together[-1][-1]}", f"a process ended: {error}")
     return results
+
+
+def by_kind(cases: Sequence[Case]) -> dict[str, dict[str, int]]:
+    """Return how often each kind of damage was tried, and how that ended."""
+    rows: dict[str, dict[str, int]] = {}
+    for case in cases:
+        row = rows.setdefault(case["kind"], {})
+        row[case["outcome"]] = row.get(case["outcome"], 0) + 1
+    return rows

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.chaos.batches import in_batches
-from benchmarks.chaos.damage import KINDS, damaged
+from benchmarks.chaos.batches import by_kind, in_batches
+from benchmarks.chaos.damage import ADDED, KINDS, damaged
 from benchmarks.chaos.findings import Findings
 from benchmarks.chaos.small_run import make_corpus
 from lcl_megatron.config import ConfigError
@@ -16,8 +16,8 @@ from lcl_megatron.data.storage.corpus import Corpus
 from lcl_megatron.data.storage.indexed_file import CorpusError
 
 LANE = "corpora"
-KINDS_OF_CORPORA = tuple(kind for kind in KINDS if kind != "folder renamed")
-"""A corpus may have any name."""
+KINDS_OF_CORPORA = tuple(kind for kind in KINDS if kind not in ("folder renamed", ADDED))
+"""A corpus may have any name, and other files beside its own."""
 EXPLAINED = (CorpusError, ConfigError)
 
 
@@ -31,7 +31,16 @@ def run(seed: int, cases: Sequence[int], folder: Path) -> Findings:
     """
     findings = Findings(LANE, seed)
     findings.cases = in_batches(_batch, cases, findings, seed, folder)
+    findings.figures = {
+        "corruptions": len(cases),
+        "detected": sum(case["outcome"] != "unseen" for case in findings.cases),
+        "seen_by_open": sum(case["outcome"].startswith("open") for case in findings.cases),
+        "seen_by_verify": sum(case["outcome"] == "verify" for case in findings.cases),
+        "kinds": by_kind(findings.cases),
+    }
     for case in findings.cases:
+        if "unexplained" in case["outcome"]:
+            findings.fail(case["case"], f"{case['file']} ({case['detail']}): {case['message']}")
         if case["outcome"] == "unseen":
             findings.fail(case["case"], f"{case['kind']}, {case['file']} ({case['detail']}) was not seen")
     return findings

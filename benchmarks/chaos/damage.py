@@ -17,6 +17,8 @@ from typing import Any
 Undo = Callable[[], None]
 LONGEST_HOLE = 4096
 TRIES = 20
+ADDED = "file added"
+"""This kind leaves everything as it was that is ever read."""
 
 
 class NothingToDamageError(RuntimeError):
@@ -194,6 +196,16 @@ def _renamed(folder: Path, rng: random.Random, other: Path) -> tuple[str, str, U
     return folder.name, f"renamed to {later.name}", lambda: later.rename(folder) and None
 
 
+def _added(folder: Path, rng: random.Random, other: Path) -> tuple[str, str, Undo]:
+    """Add a file that the manifest does not name, such as megatron-core's."""
+    name, content = rng.choice(
+        [("metadata.json", b"{}"), (".metadata", b"cos\nsystem\n(S'true'\ntR."), ("x.bin", b"x")]
+    )
+    path = folder / name
+    path.write_bytes(content)
+    return name, "added", path.unlink
+
+
 KINDS: dict[str, Callable[[Path, random.Random, Path], tuple[str, str, Undo]]] = {
     "one bit": _bit,
     "hole of zeros": _hole,
@@ -206,5 +218,6 @@ KINDS: dict[str, Callable[[Path, random.Random, Path], tuple[str, str, Undo]]] =
     "manifest of another": _manifest,
     "edited field": _edited,
     "folder renamed": _renamed,
+    ADDED: _added,
 }
 """Name -> what applies it and returns file, detail and what undoes it."""
