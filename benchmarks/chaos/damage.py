@@ -19,6 +19,7 @@ LONGEST_HOLE = 4096
 TRIES = 20
 ADDED = "file added"
 """This kind leaves everything as it was that is ever read."""
+ADDITIONS = (("metadata.json", b"{}"), (".metadata", b"cos\nsystem\n(S'true'\ntR."), ("x.safetensors", b"x"))
 
 
 class NothingToDamageError(RuntimeError):

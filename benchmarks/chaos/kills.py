@@ -1,280 +1,132 @@
 """SIGKILL at random moments: of a rank, of all ranks, of the launcher, of the process that writes a checkpoint.
 
-A case is one run that is killed again and again until it has ended by itself; then it is compared with a run that
-nobody disturbed: final weights and moments bit for bit, and every row that it was trained on.
+A case is one run that is killed until it has ended by itself; then it is compared with a run that nobody disturbed:
+final weights and moments bit for bit, and every row that it was trained on.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
+import itertools
 import random
-import signal
+import shutil
 import statistics
-import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import psutil
 
 from benchmarks.chaos.findings import Findings
+from benchmarks.chaos.killed_run import SAVE_INTERVAL, STUCK_S, KilledRun, Undisturbed
 from benchmarks.chaos.launcher import EventReader, Launch
-from benchmarks.chaos.processes import descendants, wait_until_alone, writers
-from benchmarks.chaos.small_run import DP2, PP2, TP2, Layout, small_config
-from benchmarks.chaos.stored import damaged_checkpoints, newest_step, tensor_digests
+from benchmarks.chaos.processes import call_in_child, wait_until_alone
+from benchmarks.chaos.small_run import DP2, PP2, TP2, Layout, make_corpus, small_config
+from benchmarks.chaos.stored import newest_step
+from benchmarks.chaos.timeline import rows_of
 
 LANE = "kills"
 STEPS = 60
-SAVE_INTERVAL = 5
 LAYOUTS = (DP2, DP2, TP2, PP2)
 """Cases take turns."""
-TARGETS = ("rank", "all ranks", "launcher", "writer")
-WEIGHTS = (4, 2, 2, 2)
-SHARE_AT_SAVES = 0.4
-"""Kills that wait for a save to begin; the others come at any moment of a cycle."""
-LONGEST_PAUSE_S = 0.15
-"""Time after the begin of a save in which a kill comes that waited for it."""
-CYCLE_STEPS = 3 * SAVE_INTERVAL
-"""A kill comes while a start and so many steps would last."""
-STUCK_S = 90.0
+LOG_LINES = 12
+"""Last lines of a failed run's output that are shown."""
 
 
-@dataclass(frozen=True)
-class Aim:
-    """Whom to kill, and when."""
+def run(seed: int, target: int, folder: Path, only: int | None = None) -> Findings:
+    """Kill until so many kills are done; each run goes on until it has ended by itself.
 
-    target: str
-    """One of ``TARGETS``."""
-    at_save: bool
-    """Wait until a save has begun."""
-    delay_s: float
-    """Seconds after the start of the ranks, or after the last kill if that left them alive."""
-    pause_s: float
-    """Seconds after the begin of the save."""
-    choice: float
-    """Which one of several, from 0 to 1."""
-
-
-@dataclass(frozen=True)
-class Undisturbed:
-    """A run in peace."""
-
-    folder: Path
-    """Its checkpoints."""
-    rows: dict[tuple[int, int], list[str]]
-    """Digests of the rows of each (rank, step)."""
-    start_s: float
-    """Seconds from the start of the ranks to the first step."""
-    step_s: float
-    """Seconds of a step."""
-
-    @property
-    def cycle_s(self) -> float:
-        """Seconds in which kills come."""
-        return self.start_s + CYCLE_STEPS * self.step_s
-
-
-@dataclass
-class KilledRun:
-    """One run under fire."""
-
-    launch: Launch
-    """How it is started."""
-    save: Path
-    """Its checkpoints."""
-    peace: Undisturbed
-    """What it must equal."""
-    random: random.Random
-    """Chooses everything."""
-    kills: list[dict[str, Any]] = field(default_factory=list)
-    """What was done to it."""
-    problems: list[str] = field(default_factory=list)
-    """What must not be."""
-
-    def __post_init__(self) -> None:
-        self._events = EventReader(self.launch.events)
-        self._since = 0.0
-        self._newest = -1
-
-    def go(self, most: int) -> None:
-        """Start it and kill until ``most`` kills are done or it has ended by itself; then let it end."""
-        self._launcher = self.launch.start()
-        while len(self.kills) < most and not self.problems:
-            aim = self._aim()
-            if not self._wait_for(aim):
-                break
-            self._kill(aim)
-            self._check_storage()
-        end = time.monotonic() + STUCK_S
-        while not self._has_ended():
-            if time.monotonic() > end:
-                self.problems.append(f"it did not end within {STUCK_S:.0f} s after the last kill")
-                os.kill(self._launcher, signal.SIGKILL)
-            time.sleep(0.005)
-        self._events.read()
-        self.problems += [f"left behind: {line}" for line in wait_until_alone()]
-
-    def _aim(self) -> Aim:
-        rng = self.random
-        return Aim(
-            rng.choices(TARGETS, WEIGHTS)[0],
-            rng.random() < SHARE_AT_SAVES,
-            rng.uniform(0, self.peace.cycle_s),
-            rng.uniform(0, LONGEST_PAUSE_S),
-            rng.random(),
-        )
-
-    def _wait_for(self, aim: Aim) -> bool:
-        """Wait for the moment; returns False if the run has ended before."""
-        stuck = time.monotonic() + STUCK_S
-        while time.monotonic() < stuck:
-            if self._has_ended():
-                return False
-            for event in self._events.read():
-                if event["what"] == "start":
-                    self._since = event["time"]
-            if self._since == 0 or not self._ranks():
-                pass
-            elif aim.at_save or aim.target == "writer":
-                if self.is_saving() and (aim.target != "writer" or writers(self._launcher)):
-                    time.sleep(aim.pause_s)
-                    return True
-            elif time.monotonic() > self._since + aim.delay_s:
-                return True
-            time.sleep(0.002)
-        self.problems.append(f"nothing to kill ({aim.target}) within {STUCK_S:.0f} s")
-        return False
-
-    def _kill(self, aim: Aim) -> None:
-        """Kill, note it, and see to it that the run can go on."""
-        victims = self._victims(aim)
-        phase = self._phase()
-        killed = 0
-        for victim in victims:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(victim, signal.SIGKILL)
-                killed += 1
-        if not killed:
-            return
-        now = time.monotonic()
-        self.kills.append({"target": aim.target, "phase": phase, "time": now})
-        if aim.target == "launcher":
-            os.waitpid(self._launcher, 0)
-            left = wait_until_alone()
-            self.kills[-1]["alone_after_s"] = time.monotonic() - now
-            self.problems += [f"survived its launcher: {line}" for line in left]
-            self._launcher = self.launch.start()
-        if aim.target == "writer":
-            self._since = now
-        else:
-            self._since = 0.0
-
-    def _victims(self, aim: Aim) -> list[int]:
-        if aim.target == "launcher":
-            return [self._launcher]
-        if aim.target == "writer":
-            found = writers(self._launcher)
-            return [found[int(aim.choice * len(found))]] if found else []
-        alive = {process.pid for process in descendants(self._launcher)}
-        ranks = [process for process in self._ranks() if process in alive]
-        return ranks if aim.target == "all ranks" or not ranks else [ranks[int(aim.choice * len(ranks))]]
-
-    def _ranks(self) -> list[int]:
-        """Return the process ids of the ranks that were started last, unless one of them has ended."""
-        last = next((event for event in reversed(self._events.events) if event["what"] in ("start", "death")), None)
-        return list(last["ranks"].values()) if last is not None and last["what"] == "start" else []
-
-    def is_saving(self) -> bool:
-        """Return whether a checkpoint is being written (or was, when its writers died)."""
-        with contextlib.suppress(FileNotFoundError):
-            return any(name.startswith(".staging-") for name in os.listdir(self.save))
-        return False
-
-    def _phase(self) -> str:
-        ready = {event["rank"] for event in self._events.events if event["what"] == "ready" and self._is_new(event)}
-        if len(ready) < self.launch.world_size:
-            return "start"
-        return "save" if self.is_saving() else "step"
-
-    def _is_new(self, event: dict[str, Any]) -> bool:
-        return event["process"] in self._ranks()
-
-    def _has_ended(self) -> bool:
-        """Return whether the launcher has ended; a launcher that gave up is a problem."""
-        with contextlib.suppress(ChildProcessError):
-            process, status = os.waitpid(self._launcher, os.WNOHANG)
-            if process == 0:
-                return False
-            if status:
-                self.problems.append(f"the launcher ended with status {status}")
-        return True
-
-    def _check_storage(self) -> None:
-        """The newest complete checkpoint never gets older, and what has a name is whole."""
-        newest = newest_step(self.save)
-        if newest < self._newest:
-            self.problems.append(f"the newest checkpoint went back from step {self._newest} to {newest}")
-        self._newest = newest
-        self.problems += [f"torn after a kill: {name}" for name in damaged_checkpoints(self.save)]
-
-    def verdict(self) -> dict[str, Any]:
-        """Compare with the undisturbed run; return the figures of this case."""
-        trained = rows_of(self._events.events)
-        lost, repeated = differing_rows(self.peace.rows, trained)
-        step = self.launch.config.training.train_iters
-        equal = tensor_digests(self.save, step) == tensor_digests(self.peace.folder, step)
-        by_itself = self._deaths_without_a_kill()
-        self.problems += [f"rank {rank} ended with status {status}, unkilled" for rank, status in by_itself]
-        for kill in self.kills:
-            kill["recovery_s"] = recovery(kill, self._events.events)
-        grace = sum(event["what"] == "grace is over" for event in self._events.events)
-        return {"lost": lost, "repeated": repeated, "equal": equal, "kills": self.kills, "waited_30_s": grace}
-
-    def _deaths_without_a_kill(self) -> Iterator[tuple[int, int]]:
-        """Yield (rank, status) of the first death of every start of the ranks in which nobody was killed."""
-        times = [kill["time"] for kill in self.kills if kill["target"] != "writer"]
-        begin, first = 0.0, True
-        for event in self._events.events:
-            if event["what"] == "start":
-                begin, first = event["time"], True
-            elif event["what"] == "death" and event["status"] and first:
-                first = False
-                if not any(begin <= moment <= event["time"] for moment in times):
-                    yield event["rank"], event["status"]
-
-
-def recovery(kill: dict[str, Any], events: list[dict[str, Any]]) -> float | None:
-    """Return the seconds from a kill to the next completed step, also where other kills came in between.
-
-    Where nothing was left to train, to the end of the run. A writer's death stops nobody: the next step counts.
+    Args:
+        seed: of the campaign.
+        target: kills.
+        folder: scratch; on a disk, where flushing takes its time.
+        only: number of the one case to repeat.
     """
-    since = kill["time"]
-    for event in events:
-        if event["what"] == "start" and kill["target"] != "writer":
-            begun = event["time"] >= kill["time"]
-            since = float("inf") if not begun else min(since, event["time"])
-        done = event["what"] == "step" or (event["what"] == "end" and event["status"] == 0)
-        if done and event["time"] > max(since, kill["time"]):
-            return float(event["time"] - kill["time"])
-    return None
+    findings = Findings(LANE, seed)
+    corpus = call_in_child(make_corpus, folder / "data")
+    peace = {layout: undisturbed(corpus, layout, folder / layout.name) for layout in dict.fromkeys(LAYOUTS)}
+    done = 0
+    for number in itertools.count() if only is None else [only]:
+        if done >= target:
+            break
+        layout = LAYOUTS[number % len(LAYOUTS)]
+        place = folder / f"run-{number}"
+        killed = KilledRun(
+            launch(corpus, layout, place), place / "save", peace[layout], random.Random(f"{seed}/{LANE}/{number}")
+        )
+        killed.go(target - done)
+        done += len(killed.kills)
+        _add(findings, number, layout, killed)
+        if not killed.problems:
+            shutil.rmtree(place)
+        print(
+            f"{done:5} kills, {findings.figures['bit_equal_runs']} of {findings.figures['runs']} runs equal", flush=True
+        )
+    _summarize(findings)
+    return findings
 
 
-def rows_of(events: list[dict[str, Any]]) -> dict[tuple[int, int], list[str]]:
-    """Return the rows of each (rank, step) of the run that counts: of steps done twice, the last time."""
-    return {(event["rank"], event["step"]): event["rows"] for event in events if event["what"] == "read"}
+def launch(corpus: Path, layout: Layout, place: Path) -> Launch:
+    """Return the run of a case.
+
+    Args:
+        corpus: what it reads.
+        layout: how it is spread.
+        place: folder of all that it writes.
+    """
+    config = small_config(
+        corpus,
+        layout,
+        training={"train_iters": STEPS},
+        checkpoint={"save": str(place / "save"), "save_interval": SAVE_INTERVAL, "keep_last": 4},
+        guard={"ledger_dir": str(place / "ledger")},
+    )
+    return Launch(config, layout.world_size, place)
 
 
-def differing_rows(
-    expected: dict[tuple[int, int], list[str]], trained: dict[tuple[int, int], list[str]]
-) -> tuple[int, int]:
-    """Return how many rows were lost and how many came too often."""
-    lost = repeated = 0
-    for rank in {rank for rank, _ in expected}:
-        wanted = Counter(row for (owner, _), rows in expected.items() if owner == rank for row in rows)
-        found = Counter(row for (owner, _), rows in trained.items() if owner == rank for row in rows)
-        lost += (wanted - found).total()
-        repeated += (found - wanted).total()
-    return lost, repeated
+def undisturbed(corpus: Path, layout: Layout, place: Path) -> Undisturbed:
+    """Train in peace; raises RuntimeError if even that fails."""
+    run = launch(corpus, layout, place)
+    run.start()
+    left = wait_until_alone(STUCK_S)
+    reader = EventReader(run.events)
+    events = reader.read()
+    times = {what: [event["time"] for event in events if event["what"] == what] for what in ("start", "step")}
+    if left or len(times["start"]) != 1 or newest_step(place / "save") != STEPS:
+        raise RuntimeError(f"a run that nobody disturbs fails:\n{run.log.read_text(encoding='utf-8')}")
+    begin, end = times["step"][0], times["step"][-1]
+    return Undisturbed(place / "save", rows_of(events), begin - times["start"][0], (end - begin) / (STEPS - 1))
+
+
+def _add(findings: Findings, number: int, layout: Layout, killed: KilledRun) -> None:
+    """Add a run to the findings."""
+    verdict = killed.verdict()
+    findings.cases.append({"case": number, "layout": layout.name, **verdict})
+    findings.count("runs")
+    findings.count("bit_equal_runs", int(verdict["equal"]))
+    findings.count("rows_lost", verdict["lost"])
+    findings.count("rows_repeated", verdict["repeated"])
+    findings.count("waited_for_sigterm", verdict["waited_30_s"])
+    problems = list(killed.problems)
+    if not verdict["equal"]:
+        problems.append("its final weights or moments differ from the undisturbed run's")
+    if verdict["lost"] or verdict["repeated"]:
+        problems.append(f"{verdict['lost']} rows lost, {verdict['repeated']} repeated")
+    if problems:
+        killed.problems += problems
+        log = killed.launch.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        findings.fail(number, "; ".join(dict.fromkeys(problems)) + "\n  " + "\n  ".join(log[-LOG_LINES:]))
+
+
+def _summarize(findings: Findings) -> None:
+    """Add the figures of all kills."""
+    kills = [kill for case in findings.cases for kill in case["kills"]]
+    # The death of a writer stops nobody; to count it would flatter the median.
+    restarts = sorted(kill["recovery_s"] for kill in kills if kill["target"] != "writer" and kill["recovery_s"])
+    alone = [kill["alone_after_s"] for kill in kills if "alone_after_s" in kill]
+    findings.figures |= {
+        "kills": len(kills),
+        "targets": Counter(kill["target"] for kill in kills),
+        "phases": Counter(kill["phase"] for kill in kills),
+        "median_recovery_s": round(statistics.median(restarts), 3) if restarts else None,
+        "p95_recovery_s": round(restarts[int(0.95 * (len(restarts) - 1))], 3) if restarts else None,
+        "max_recovery_s": round(restarts[-1], 3) if restarts else None,
+        "max_alone_after_s": round(max(alone), 3) if alone else None,
+        "kills_without_recovery": sum(kill["recovery_s"] is None for kill in kills),
+    }

@@ -8,6 +8,7 @@ knows whom to kill and when a step was completed; nothing of that is in the code
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -134,7 +135,7 @@ class Launch:
         redirect_output(self.log)
         for attempt in range(self.max_restarts + 1):
             store = self.folder / f"store-{os.getpid()}-{attempt}"
-            ranks = {fork(lambda rank=rank: self._rank(rank, store)): rank for rank in range(self.world_size)}
+            ranks = {fork(functools.partial(self._rank, rank, store)): rank for rank in range(self.world_size)}
             note(self.events, "start", ranks={rank: process for process, rank in ranks.items()})
             status = self._watch(ranks)
             store.unlink(missing_ok=True)

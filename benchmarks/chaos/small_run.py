@@ -1,4 +1,4 @@
-"""The run that faults are tried on: a corpus made on the spot, a model of milliseconds, real preprocessing and training.
+"""The run that faults are tried on: real preprocessing and training, of a corpus made on the spot, in milliseconds.
 
 All that may differ between two starts of a run is switched on: random crops, drop-path, images placed at random,
 packing, a schedule, a data-parallel optimizer.

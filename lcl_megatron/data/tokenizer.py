@@ -69,13 +69,13 @@ class Tokenizer:
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(model)
-            self.special_tokens = self._find_special_tokens()
-            """Ids of the special tokens."""
-        # A flipped bit can leave a model that is read, with pieces that are no text.
+        # The latter where SentencePiece's complaint quotes a piece that is no text.
         except (RuntimeError, UnicodeDecodeError) as error:
             raise ConfigError(
                 f"{name} is not a SentencePiece model ({len(model)} bytes); make one with tools/train_tokenizer.py"
             ) from error
+        self.special_tokens = self._find_special_tokens()
+        """Ids of the special tokens."""
         self.fingerprint = hashlib.sha256(model).hexdigest()
         """SHA-256 of the model's bytes, hex."""
 
