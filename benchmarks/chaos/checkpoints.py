@@ -1,8 +1,9 @@
 """Damaged checkpoints: which one a run would go on from, and whether that is the newest whole one.
 
 A root holds three checkpoints of a real run. The newest, or the newest two, or all are damaged in one place each; what
-a run would load must be the newest of those that are left, and none where nothing is left. Every so often the whole
-start of a run is gone through on two ranks, and what it holds in memory is compared with what was saved.
+a run would load must be the newest of those that are left, and none where nothing is left. The choice is made
+by the code that a run makes it with, on two ranks; every so often the whole start of a run is gone through, and what
+its ranks hold then is compared with what they held when the checkpoint was loaded undamaged.
 """
 
 from __future__ import annotations
@@ -10,24 +11,25 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import logging
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from benchmarks.chaos.batches import by_kind, in_batches
-from benchmarks.chaos.damage import ADDED, KINDS, Damage, damaged
+from benchmarks.chaos.batches import LARGEST_BATCH, SECONDS, by_kind
+from benchmarks.chaos.damage import ADDED, KINDS, Damage, damage, damaged
 from benchmarks.chaos.findings import Findings
 from benchmarks.chaos.launcher import Launch
-from benchmarks.chaos.processes import call_on_ranks, wait_until_alone
+from benchmarks.chaos.processes import ChildError, call_in_child, call_on_ranks, wait_until_alone
 from benchmarks.chaos.small_run import DP2, make_corpus, small_config
 from lcl_megatron.checkpoint.folders import step_folder
 from lcl_megatron.checkpoint.manifest import CheckpointError, DamagedCheckpointError
 from lcl_megatron.checkpoint.reader import newest_whole
-from lcl_megatron.config import RunConfig
+from lcl_megatron.config import CheckpointConfig, ParallelConfig, RunConfig
+from lcl_megatron.parallel import groups as process_groups
+from lcl_megatron.training.resume import checkpoint_to_resume
 from lcl_megatron.training.setup import run_from
 
 LANE = "checkpoints"
@@ -53,7 +55,7 @@ def run(seed: int, cases: Sequence[int], starts: Sequence[int], folder: Path) ->
     findings = Findings(LANE, seed)
     config = saved_run(folder)
     shutil.copytree(config.checkpoint.save, folder / PRISTINE)
-    findings.cases = in_batches(_batch, cases, findings, seed, folder)
+    findings.cases = _batches(cases, seed, folder, findings)
     whole = {step: call_on_ranks(_held, 2, _loading(config, step)) for step in STEPS}
     for number in starts:
         findings.cases.append(_start(number, seed, config, whole))
@@ -75,7 +77,7 @@ def saved_run(folder: Path) -> RunConfig:
     """Train a small run on two ranks and return its configuration; its folder holds the checkpoints of ``STEPS``."""
     save = folder / "save"
     config = small_config(
-        make_corpus(folder / "data"),
+        call_in_child(make_corpus, folder / "data"),
         DP2,
         training={"train_iters": STEPS[-1]},
         checkpoint={"save": str(save), "save_interval": STEPS[0]},
@@ -97,26 +99,48 @@ def draw(seed: int, number: int) -> tuple[random.Random, list[str]]:
     return rng, [kinds[number % len(kinds)], *rng.choices([kind for kind in kinds if kind != ADDED], k=depth - 1)]
 
 
-def _batch(cases: Sequence[int], seed: int, folder: Path) -> list[dict[str, Any]]:
-    """Try some cases on a copy of the root of this batch's own."""
-    root = folder / f"save-{cases[0]}"
-    shutil.copytree(folder / PRISTINE, root)
-    results = [_case(number, seed, root) for number in cases]
-    shutil.rmtree(root)
+def _batches(cases: Sequence[int], seed: int, folder: Path, findings: Findings) -> list[dict[str, Any]]:
+    """Try cases on two ranks; a crash ends one batch only."""
+    results: list[dict[str, Any]] = []
+    for begin in range(0, len(cases), LARGEST_BATCH):
+        batch = cases[begin : begin + LARGEST_BATCH]
+        root = folder / f"batch-{batch[0]}"
+        shutil.copytree(folder / PRISTINE, root)
+        try:
+            results += call_on_ranks(_batch, 2, batch, seed, root, timeout=SECONDS)[0]
+        except ChildError as error:
+            findings.fail(f"{batch[0]}-{batch[-1]}", f"a process ended: {error}")
+        shutil.rmtree(root)
     return results
 
 
-def _case(number: int, seed: int, root: Path) -> dict[str, Any]:
-    rng, kinds = draw(seed, number)
-    with _all_damaged(root, rng, kinds) as damages:
-        try:
-            chosen = newest_whole(root)
-            used, message = chosen.name if chosen else "none", ""
-        except DamagedCheckpointError as error:
-            used, message = NONE_LEFT, str(error)
-        except Exception as error:
-            used, message = "error", f"{type(error).__name__}: {error}"
-    return _judged(number, damages, used, message)
+def _batch(rank: int, cases: Sequence[int], seed: int, root: Path) -> list[dict[str, Any]]:
+    """Try some cases on all ranks; rank 0 does the damage. Returns what came of them."""
+    logging.disable(logging.CRITICAL)
+    groups = process_groups.initialize(ParallelConfig(), lambda pipeline: pipeline)
+    results = []
+    for number in cases:
+        rng, kinds = draw(seed, number)
+        with _all_damaged(root, rng, kinds) if rank == 0 else contextlib.nullcontext([]) as damages:
+            groups.barrier()
+            used, message = _used(lambda: checkpoint_to_resume(CheckpointConfig(load=str(root)), groups))
+            if rank == 0:
+                # What tools read of a folder of checkpoints.
+                others, _ = _used(lambda: newest_whole(root))
+                results.append(_judged(number, damages, used if used == others else f"{used} or {others}", message))
+            groups.barrier()
+    return results
+
+
+def _used(choose: Callable[[], Path | None]) -> tuple[str, str]:
+    """Return the name of the checkpoint that is chosen, or how that ends; and the message."""
+    try:
+        chosen = choose()
+    except DamagedCheckpointError as error:
+        return NONE_LEFT, str(error)
+    except Exception as error:
+        return "an unexplained error", f"{type(error).__name__}: {error}"
+    return chosen.name if chosen else "a new run", ""
 
 
 def _judged(number: int, damages: list[Damage], used: str, message: str) -> dict[str, Any]:
@@ -138,26 +162,36 @@ def expected_use(damages: list[Damage]) -> str:
 
 
 @contextlib.contextmanager
-def _all_damaged(root: Path, rng: random.Random, kinds: list[str]) -> Any:
+def _all_damaged(root: Path, rng: random.Random, kinds: list[str]) -> Iterator[list[Damage]]:
     """Damage the newest checkpoints of a root, one kind each; yields what was done."""
     with contextlib.ExitStack() as stack:
         damages = []
         for depth, kind in enumerate(kinds):
-            newest, other = (
-                step_folder(root, STEPS[-1 - depth]),
-                step_folder(root.with_name(PRISTINE), STEPS[-2 - depth]),
-            )
-            damages.append(stack.enter_context(damaged(newest, kind, rng, other)))
+            damages.append(stack.enter_context(damaged(kind, *_places(root, depth), rng)))
         yield damages
 
 
+def _places(root: Path, depth: int) -> tuple[Path, Path]:
+    """Return the checkpoint to damage, and a whole one of another step."""
+    other = step_folder(root.with_name(PRISTINE), STEPS[(1 - depth) % len(STEPS)])
+    return step_folder(root, STEPS[-1 - depth]), other
+
+
 def _start(number: int, seed: int, config: RunConfig, whole: dict[int, list[Any]]) -> dict[str, Any]:
-    """Go through the whole start of a run on damaged checkpoints."""
+    """Go through the whole start of a run on damaged checkpoints; it may put them aside, so nothing is undone."""
     rng, kinds = draw(seed, number)
-    with _all_damaged(Path(config.checkpoint.save), rng, kinds) as damages:
-        held = call_on_ranks(_held_or_refused, 2, config)
+    root = Path(config.checkpoint.save).with_name(f"start-{number}")
+    shutil.copytree(root.with_name(PRISTINE), root)
+    damages = [damage(kind, *_places(root, depth), rng) for depth, kind in enumerate(kinds)]
+    held = call_on_ranks(_held_or_refused, 2, _saving(config, root))
+    shutil.rmtree(root)
     used = next((step_folder("", step).name for step in STEPS if whole[step] == held), f"unknown: {held}")
     return _judged(number, damages, NONE_LEFT if held == [NONE_LEFT] * 2 else used, "")
+
+
+def _saving(config: RunConfig, root: Path) -> RunConfig:
+    """Return the run that goes on in a folder."""
+    return dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, save=str(root)))
 
 
 def _loading(config: RunConfig, step: int) -> RunConfig:
@@ -183,5 +217,5 @@ def _held(rank: int, config: RunConfig) -> Any:
             for group in part.optimizer.param_groups:
                 for parameter in group["params"]:
                     for name in ("exp_avg", "exp_avg_sq"):
-                        digest.update(np.ascontiguousarray(part.optimizer.state[parameter][name].numpy()).tobytes())
+                        digest.update(part.optimizer.state[parameter][name].numpy().tobytes())
         return run.progress.step, digest.hexdigest()

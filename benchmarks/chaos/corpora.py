@@ -54,7 +54,7 @@ def _batch(cases: Sequence[int], seed: int, folder: Path) -> list[dict[str, Any]
 
 def _case(number: int, rng: random.Random, own: Path, other: Path) -> dict[str, Any]:
     kind = KINDS_OF_CORPORA[number % len(KINDS_OF_CORPORA)]
-    with damaged(own, kind, rng, other) as damage:
+    with damaged(kind, own, other, rng) as damage:
         outcome, message = _outcome(own)
     return {"case": number, **vars(damage), "outcome": outcome, "message": message}
 

@@ -39,20 +39,26 @@ class Damage:
 
 
 @contextmanager
-def damaged(folder: Path, kind: str, rng: random.Random, other: Path) -> Iterator[Damage]:
-    """Damage one file of a folder, and undo it.
-
-    Args:
-        folder: what is damaged.
-        kind: one of ``KINDS``.
-        rng: chooses file and place.
-        other: a folder of the same files with other content: another step's checkpoint, another corpus.
-    """
+def damaged(kind: str, folder: Path, other: Path, rng: random.Random) -> Iterator[Damage]:
+    """Damage one file of a folder, and undo it; see ``damage``."""
     file, detail, undo = KINDS[kind](folder, rng, other)
     try:
         yield Damage(kind, file, detail)
     finally:
         undo()
+
+
+def damage(kind: str, folder: Path, other: Path, rng: random.Random) -> Damage:
+    """Damage one file of a folder.
+
+    Args:
+        kind: one of ``KINDS``.
+        folder: what is damaged.
+        other: a folder of the same files with other content: another step's checkpoint, another corpus.
+        rng: chooses file and place.
+    """
+    file, detail, _ = KINDS[kind](folder, rng, other)
+    return Damage(kind, file, detail)
 
 
 def files_of(folder: Path) -> list[Path]:

@@ -133,6 +133,8 @@ class Launch:
 
     def _launcher(self) -> int:
         redirect_output(self.log)
+        # A run that deletes or writes where it should not does so here.
+        os.chdir(self.folder)
         for attempt in range(self.max_restarts + 1):
             store = self.folder / f"store-{os.getpid()}-{attempt}"
             ranks = {fork(functools.partial(self._rank, rank, store)): rank for rank in range(self.world_size)}
