@@ -95,8 +95,9 @@ def draw(seed: int, number: int) -> tuple[random.Random, list[str]]:
     rng = random.Random(f"{seed}/{LANE}/{number}")
     kinds = list(KINDS)
     depth = rng.choices(*zip(*SHARES, strict=True))[0]
+    kind, damages = kinds[number % len(kinds)], [kind for kind in kinds if kind != ADDED]
     # A file that is added is no damage: beside another one it would say nothing.
-    return rng, [kinds[number % len(kinds)], *rng.choices([kind for kind in kinds if kind != ADDED], k=depth - 1)]
+    return rng, [kind, *rng.choices(damages, k=depth - 1 if kind != ADDED else 0)]
 
 
 def _batches(cases: Sequence[int], seed: int, folder: Path, findings: Findings) -> list[dict[str, Any]]:
@@ -156,7 +157,7 @@ def _judged(number: int, damages: list[Damage], used: str, message: str) -> dict
 
 def expected_use(damages: list[Damage]) -> str:
     """Return the name of the checkpoint that must be used after some damages, or that none may be."""
-    if damages[0].kind == ADDED and len(damages) == 1:
+    if damages[0].kind == ADDED:
         return step_folder("", STEPS[-1]).name
     return step_folder("", STEPS[-1 - len(damages)]).name if len(damages) < len(STEPS) else NONE_LEFT
 
