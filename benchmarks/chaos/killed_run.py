@@ -13,20 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.chaos.launcher import EventReader, Launch
+from benchmarks.chaos.peace import STUCK_S, Undisturbed
 from benchmarks.chaos.processes import descendants, wait_until_alone, writers
 from benchmarks.chaos.stored import damaged_checkpoints, newest_step, tensor_digests
 from benchmarks.chaos.timeline import differing_rows, recovery, rows_of
 
-SAVE_INTERVAL = 5
 TARGETS = ("rank", "all ranks", "launcher", "writer")
 WEIGHTS = (4, 2, 2, 2)
 SHARE_AT_SAVES = 0.4
 """Kills that wait for a save to begin; the others come at any moment of a cycle."""
 LONGEST_PAUSE_S = 0.15
 """Time after the begin of a save in which a kill comes that waited for it."""
-CYCLE_STEPS = 3 * SAVE_INTERVAL
+CYCLE_STEPS = 12
 """A kill comes while a start and so many steps would last."""
-STUCK_S = 90.0
 
 
 @dataclass(frozen=True)
@@ -43,25 +42,6 @@ class Aim:
     """Seconds after the begin of the save."""
     choice: float
     """Which one of several, from 0 to 1."""
-
-
-@dataclass(frozen=True)
-class Undisturbed:
-    """A run in peace."""
-
-    folder: Path
-    """Its checkpoints."""
-    rows: dict[tuple[int, int], list[str]]
-    """Digests of the rows of each (rank, step)."""
-    start_s: float
-    """Seconds from the start of the ranks to the first step."""
-    step_s: float
-    """Seconds of a step."""
-
-    @property
-    def cycle_s(self) -> float:
-        """Seconds in which kills come."""
-        return self.start_s + CYCLE_STEPS * self.step_s
 
 
 @dataclass
@@ -109,7 +89,7 @@ class KilledRun:
         return Aim(
             rng.choices(TARGETS, WEIGHTS)[0],
             rng.random() < SHARE_AT_SAVES,
-            rng.uniform(0, self.peace.cycle_s),
+            rng.uniform(0, self.peace.start_s + CYCLE_STEPS * self.peace.step_s),
             rng.uniform(0, LONGEST_PAUSE_S),
             rng.random(),
         )
@@ -184,7 +164,9 @@ class KilledRun:
         ready = {event["rank"] for event in self._events.events if event["what"] == "ready" and self._is_new(event)}
         if len(ready) < self.launch.world_size:
             return "start"
-        return "save" if self.is_saving() else "step"
+        if not self.is_saving():
+            return "step"
+        return "commit" if any(self.save.glob(".staging-*/index.json")) else "save"
 
     def _is_new(self, event: dict[str, Any]) -> bool:
         return event["process"] in self._ranks()
@@ -200,19 +182,21 @@ class KilledRun:
         return True
 
     def _check_storage(self) -> None:
-        """The newest complete checkpoint never gets older, and what has a name is whole."""
+        """What has a name is whole; the newest never gets older, and equals the undisturbed run's of that step."""
         newest = newest_step(self.save)
         if newest < self._newest:
             self.problems.append(f"the newest checkpoint went back from step {self._newest} to {newest}")
         self._newest = newest
         self.problems += [f"torn after a kill: {name}" for name in damaged_checkpoints(self.save)]
+        if newest and tensor_digests(self.save, newest) != tensor_digests(self.peace.save, newest):
+            self.problems.append(f"after a kill, step {newest} differs from the undisturbed run's")
 
     def verdict(self) -> dict[str, Any]:
         """Compare with the undisturbed run; return the figures of this case."""
         trained = rows_of(self._events.events)
         lost, repeated = differing_rows(self.peace.rows, trained)
         step = self.launch.config.training.train_iters
-        equal = tensor_digests(self.save, step) == tensor_digests(self.peace.folder, step)
+        equal = tensor_digests(self.save, step) == tensor_digests(self.peace.save, step)
         by_itself = self._deaths_without_a_kill()
         self.problems += [f"rank {rank} ended with status {status}, unkilled" for rank, status in by_itself]
         for kill in self.kills:

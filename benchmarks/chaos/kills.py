@@ -14,17 +14,19 @@ from collections import Counter
 from pathlib import Path
 
 from benchmarks.chaos.findings import Findings
-from benchmarks.chaos.killed_run import SAVE_INTERVAL, STUCK_S, KilledRun, Undisturbed
-from benchmarks.chaos.launcher import EventReader, Launch
-from benchmarks.chaos.processes import call_in_child, wait_until_alone
+from benchmarks.chaos.killed_run import KilledRun
+from benchmarks.chaos.launcher import Launch
+from benchmarks.chaos.peace import undisturbed
+from benchmarks.chaos.processes import call_in_child
 from benchmarks.chaos.small_run import DP2, PP2, TP2, Layout, make_corpus, small_config
-from benchmarks.chaos.stored import newest_step
-from benchmarks.chaos.timeline import rows_of
 
 LANE = "kills"
 STEPS = 60
 LAYOUTS = (DP2, DP2, TP2, PP2)
 """Cases take turns."""
+SAVE_INTERVAL = 5
+KEPT = 3
+"""Checkpoints that a run under fire keeps: deleting old ones is part of it."""
 LOG_LINES = 12
 """Last lines of a failed run's output that are shown."""
 
@@ -40,7 +42,7 @@ def run(seed: int, target: int, folder: Path, only: int | None = None) -> Findin
     """
     findings = Findings(LANE, seed)
     corpus = call_in_child(make_corpus, folder / "data")
-    peace = {layout: undisturbed(corpus, layout, folder / layout.name) for layout in dict.fromkeys(LAYOUTS)}
+    peace = {layout: undisturbed(launch(corpus, layout, folder / layout.name, 0)) for layout in dict.fromkeys(LAYOUTS)}
     done = 0
     for number in itertools.count() if only is None else [only]:
         if done >= target:
@@ -48,7 +50,7 @@ def run(seed: int, target: int, folder: Path, only: int | None = None) -> Findin
         layout = LAYOUTS[number % len(LAYOUTS)]
         place = folder / f"run-{number}"
         killed = KilledRun(
-            launch(corpus, layout, place), place / "save", peace[layout], random.Random(f"{seed}/{LANE}/{number}")
+            launch(corpus, layout, place, KEPT), place / "save", peace[layout], random.Random(f"{seed}/{LANE}/{number}")
         )
         killed.go(target - done)
         done += len(killed.kills)
@@ -62,36 +64,23 @@ def run(seed: int, target: int, folder: Path, only: int | None = None) -> Findin
     return findings
 
 
-def launch(corpus: Path, layout: Layout, place: Path) -> Launch:
+def launch(corpus: Path, layout: Layout, place: Path, keep_last: int) -> Launch:
     """Return the run of a case.
 
     Args:
         corpus: what it reads.
         layout: how it is spread.
         place: folder of all that it writes.
+        keep_last: how many checkpoints it keeps; 0 = all.
     """
     config = small_config(
         corpus,
         layout,
         training={"train_iters": STEPS},
-        checkpoint={"save": str(place / "save"), "save_interval": SAVE_INTERVAL, "keep_last": 4},
+        checkpoint={"save": str(place / "save"), "save_interval": SAVE_INTERVAL, "keep_last": keep_last},
         guard={"ledger_dir": str(place / "ledger")},
     )
     return Launch(config, layout.world_size, place)
-
-
-def undisturbed(corpus: Path, layout: Layout, place: Path) -> Undisturbed:
-    """Train in peace; raises RuntimeError if even that fails."""
-    run = launch(corpus, layout, place)
-    run.start()
-    left = wait_until_alone(STUCK_S)
-    reader = EventReader(run.events)
-    events = reader.read()
-    times = {what: [event["time"] for event in events if event["what"] == what] for what in ("start", "step")}
-    if left or len(times["start"]) != 1 or newest_step(place / "save") != STEPS:
-        raise RuntimeError(f"a run that nobody disturbs fails:\n{run.log.read_text(encoding='utf-8')}")
-    begin, end = times["step"][0], times["step"][-1]
-    return Undisturbed(place / "save", rows_of(events), begin - times["start"][0], (end - begin) / (STEPS - 1))
 
 
 def _add(findings: Findings, number: int, layout: Layout, killed: KilledRun) -> None:

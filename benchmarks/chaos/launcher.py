@@ -126,15 +126,20 @@ class Launch:
         """What ranks print."""
         return self.folder / "log.txt"
 
+    @property
+    def canary(self) -> Path:
+        """A file in the ranks' working directory, which is none of their business."""
+        return self.folder / "cwd" / "canary"
+
     def start(self) -> int:
         """Fork the launcher; return its process id."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.canary.parent.mkdir(parents=True, exist_ok=True)
+        self.canary.touch()
         return fork(self._launcher)
 
     def _launcher(self) -> int:
         redirect_output(self.log)
-        # A run that deletes or writes where it should not does so here.
-        os.chdir(self.folder)
+        os.chdir(self.canary.parent)
         for attempt in range(self.max_restarts + 1):
             store = self.folder / f"store-{os.getpid()}-{attempt}"
             ranks = {fork(functools.partial(self._rank, rank, store)): rank for rank in range(self.world_size)}

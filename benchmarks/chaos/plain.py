@@ -130,15 +130,15 @@ def _damaged_checkpoints(seed: int, cases: int, saves: _Saves) -> dict[str, Any]
     """Damage a checkpoint; returns by kind whether loading refused it, or what it returned."""
     own, other = saves.folder / "own", saves.folder / "other"
     for place, value in ((own, 1), (other, 2)):
-        call_on_ranks(saves.save, 1, place, value)
-    whole = call_on_ranks(saves.load, 1, own)[0]
+        call_on_ranks(saves.save, 2, place, value)
+    whole = call_on_ranks(saves.load, 2, own)
     found: dict[str, Counter[str]] = {}
     for number in range(cases):
         rng = random.Random(f"{seed}/plain checkpoints/{number}")
         kind = CHECKPOINT_KINDS[number % len(CHECKPOINT_KINDS)]
         with damaged(kind, own, other, rng):
             try:
-                loaded = call_on_ranks(saves.load, 1, own)[0]
+                loaded = call_on_ranks(saves.load, 2, own)
                 outcome = "loaded, harmless" if loaded == whole else "loaded, wrong"
             except ChildError:
                 outcome = "refused"
@@ -242,7 +242,6 @@ def _what_is_there(saves: _Saves, place: Path) -> str:
     except ChildError:
         return "neither: it cannot be loaded"
     values = {value for rank in ranks for value in (rank["iteration"], rank["object"]["value"], *rank["first"])}
-    # Only the first rank's tensors begin with the value; rank 1's do too, each in its own row.
     return {(1,): "the old one", (2,): "the new one"}.get(tuple(sorted(values)), "a mixture of both")
 
 
@@ -255,7 +254,7 @@ def _payloads(saves: _Saves) -> dict[str, int]:
         for content in [*forms(marker).values(), *([_hidden(before, marker)] if path.name == ".metadata" else [])]:
             path.write_bytes(content)
             with contextlib.suppress(ChildError):
-                call_on_ranks(saves.load, 1, own)
+                call_on_ranks(saves.load, 2, own)
             tried += 1
             executed += marker.is_dir()
             shutil.rmtree(marker, ignore_errors=True)

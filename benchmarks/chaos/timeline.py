@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+Rows = dict[tuple[int, int], list[str]]
+"""Digests of the rows of each (rank, step)."""
+
 
 def recovery(kill: dict[str, Any], events: list[dict[str, Any]]) -> float | None:
     """Return the seconds from a kill to the next completed step, also where other kills came in between.
@@ -22,14 +25,12 @@ def recovery(kill: dict[str, Any], events: list[dict[str, Any]]) -> float | None
     return None
 
 
-def rows_of(events: list[dict[str, Any]]) -> dict[tuple[int, int], list[str]]:
+def rows_of(events: list[dict[str, Any]]) -> Rows:
     """Return the rows of each (rank, step) of the run that counts: of steps done twice, the last time."""
     return {(event["rank"], event["step"]): event["rows"] for event in events if event["what"] == "read"}
 
 
-def differing_rows(
-    expected: dict[tuple[int, int], list[str]], trained: dict[tuple[int, int], list[str]]
-) -> tuple[int, int]:
+def differing_rows(expected: Rows, trained: Rows) -> tuple[int, int]:
     """Return how many rows were lost and how many came too often."""
     lost = repeated = 0
     for rank in {rank for rank, _ in expected}:
