@@ -100,12 +100,13 @@ def works(folder: Path) -> bool:
     return True
 
 
-def run(seed: int, cases: Sequence[int] | None, folder: Path) -> Findings:
+def run(seed: int, cases: Sequence[int] | None, stride: int, folder: Path) -> Findings:
     """Put every payload in every place.
 
     Args:
         seed: of the campaign, for messages; there is no chance in this lane.
-        cases: numbers of the cases; None = all.
+        cases: numbers of the cases; None = every ``stride``-th.
+        stride: see ``cases``.
         folder: scratch, in memory if possible.
     """
     findings = Findings(LANE, seed)
@@ -113,7 +114,7 @@ def run(seed: int, cases: Sequence[int] | None, folder: Path) -> Findings:
     config = saved_run(folder)
     call_in_child(_make_places, config, folder)
     places = all_places(folder)
-    numbers = range(len(places)) if cases is None else [number for number in cases if number < len(places)]
+    numbers = range(0, len(places), stride) if cases is None else cases
     findings.cases = in_batches(_batch, numbers, findings, config, folder)
     findings.figures = {
         "payloads": len(findings.cases),

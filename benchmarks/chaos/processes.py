@@ -204,6 +204,7 @@ def _results(calls: Sequence[Callable[[], Any]], timeout: float) -> list[Any]:
 
 def _answer(connection: Connection, call: Callable[[], Any]) -> int:
     """Send what a call returns, or its traceback, and wait to be killed: who leaves early resets connections."""
+    redirect_output(Path(os.devnull))
     try:
         connection.send((True, call()))
     except BaseException:
