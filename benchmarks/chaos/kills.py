@@ -19,6 +19,7 @@ from benchmarks.chaos.launcher import Launch
 from benchmarks.chaos.peace import undisturbed
 from benchmarks.chaos.processes import call_in_child
 from benchmarks.chaos.small_run import DP2, PP2, TP2, Layout, make_corpus, small_config
+from lcl_megatron.training.ledger_check import check_ledger
 
 LANE = "kills"
 STEPS = 60
@@ -89,14 +90,22 @@ def _add(findings: Findings, number: int, layout: Layout, killed: KilledRun) -> 
     findings.cases.append({"case": number, "layout": layout.name, **verdict})
     findings.count("runs")
     findings.count("bit_equal_runs", int(verdict["equal"]))
-    findings.count("rows_lost", verdict["lost"])
-    findings.count("rows_repeated", verdict["repeated"])
+    # Two witnesses: what the harness saw the loader give, and the run's own ledger.
+    ledger = check_ledger(Path(killed.launch.config.guard.ledger_dir))
+    lost, repeated = max(verdict["lost"], ledger.rows_lost), max(verdict["repeated"], ledger.rows_repeated)
+    findings.count("rows_lost", lost)
+    findings.count("rows_repeated", repeated)
+    findings.count("rows_differing", ledger.rows_differing)
+    findings.count("rows", ledger.rows)
+    findings.count("rows_done_again", ledger.rows_done_again)
     findings.count("waited_for_sigterm", verdict["waited_30_s"])
     problems = list(killed.problems)
     if not verdict["equal"]:
         problems.append("its final weights or moments differ from the undisturbed run's")
-    if verdict["lost"] or verdict["repeated"]:
-        problems.append(f"{verdict['lost']} rows lost, {verdict['repeated']} repeated")
+    if lost or repeated:
+        problems.append(f"{lost} rows lost, {repeated} repeated")
+    if ledger.num_findings:
+        problems.append(f"the ledger does not prove the run: {ledger.findings[0]}")
     if problems:
         killed.problems += problems
         log = killed.launch.log.read_text(encoding="utf-8", errors="replace").splitlines()

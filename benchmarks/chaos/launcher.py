@@ -14,7 +14,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ from typing import Any
 from benchmarks.chaos.processes import fork, join_ranks, redirect_output
 from lcl_megatron.config import RunConfig
 from lcl_megatron.data.batch import StepBatch
-from lcl_megatron.data.loader import StepLoader
 from lcl_megatron.training.failure import exit_status
 from lcl_megatron.training.loop import train
+from lcl_megatron.training.run import Run
 from lcl_megatron.training.setup import run_from
 
 TORCHRUN_GRACE_S = 30.0
@@ -40,7 +40,7 @@ class WatchedLoader:
         rank: this rank.
     """
 
-    def __init__(self, loader: StepLoader, events: Path, rank: int) -> None:
+    def __init__(self, loader: Iterable[StepBatch], events: Path, rank: int) -> None:
         self._loader = loader
         self._events = events
         self._rank = rank
@@ -115,6 +115,8 @@ class Launch:
     """Holds the events, the ranks' output and their meeting points."""
     max_restarts: int = 1000
     """As torchrun's flag."""
+    on_ready: Callable[[int, Run], None] | None = None
+    """Called on every rank with its number and its run, before the first step: where faults come from inside."""
 
     @property
     def events(self) -> Path:
@@ -177,6 +179,8 @@ class Launch:
     def _train(self, rank: int) -> None:
         with run_from(self.config) as run:
             note(self.events, "ready", rank=rank, step=run.progress.step)
+            if self.on_ready is not None:
+                self.on_ready(rank, run)
             run.loader = WatchedLoader(run.loader, self.events, rank)
             train(run)
 
