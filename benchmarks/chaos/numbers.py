@@ -1,7 +1,7 @@
 """Numbers that go wrong on one rank: pixels or gradients that are no numbers, gradients that are far too large.
 
 One rank's step is poisoned; all ranks must leave weights and moments as they are in that step, count it alike, train on
-in the next, and end with finite weights. A run whose steps all go wrong must end on all ranks, with its checkpoint whole.
+in the next, and end with finite weights. A run whose steps all go wrong must end on all ranks, its checkpoint whole.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +122,9 @@ def _train(rank: int, config: RunConfig, poison: Poison) -> dict[str, Any]:
         now = _Now()
         if rank == poison.rank and poison.kind != "pixels nan":
             parameter = next(p for p in run.engine.models[0].parameters() if p.requires_grad and p.dim() > 1)
-            parameter.register_hook(lambda gradient: gradient * now.factor(poison))
-        run.loader = _poisoned(run, poison if rank == poison.rank else None, changed, now)
+            parameter.register_hook(lambda gradient: gradient * now.factor())
+        now.poison = poison if rank == poison.rank else None
+        run.loader = _poisoned(run.loader, run, changed, now)
         ended = False
         try:
             train(run)
@@ -140,18 +141,21 @@ class _Now:
 
     step: int = -1
     digest: str = ""
+    """Of the state before the step."""
+    poison: Poison | None = None
+    """What goes wrong on this rank."""
 
-    def factor(self, poison: Poison) -> float:
+    def factor(self) -> float:
         """Return what gradients are multiplied by."""
-        if not poison.hits(self.step):
+        if self.poison is None or not self.poison.hits(self.step):
             return 1.0
-        return {"spike": 1e6, "gradient inf": math.inf}.get(poison.kind, math.nan)
+        return {"spike": 1e6, "gradient inf": math.inf}.get(self.poison.kind, math.nan)
 
 
-def _poisoned(run: Run, poison: Poison | None, changed: dict[int, bool], now: _Now) -> Iterator[StepBatch]:
+def _poisoned(loader: Iterable[StepBatch], run: Run, changed: dict[int, bool], now: _Now) -> Iterator[StepBatch]:
     """Yield the run's steps; note for each whether it changed anything."""
-    for batch in run.loader:
-        if poison is not None and poison.kind == "pixels nan" and poison.hits(batch.step):
+    for batch in loader:
+        if now.poison is not None and now.poison.kind == "pixels nan" and now.poison.hits(batch.step):
             batch = dataclasses.replace(batch, micro_batches=tuple(map(_without_numbers, batch.micro_batches)))
         now.step, now.digest = batch.step, state_digest(run)
         yield batch
