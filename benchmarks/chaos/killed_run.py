@@ -24,7 +24,7 @@ SHARE_AT_SAVES = 0.4
 """Kills that wait for a save to begin; the others come at any moment of a cycle."""
 LONGEST_PAUSE_S = 0.15
 """Time after the begin of a save in which a kill comes that waited for it."""
-CYCLE_STEPS = 12
+CYCLE_STEPS = 15
 """A kill comes while a start and so many steps would last."""
 
 
@@ -65,6 +65,7 @@ class KilledRun:
         self._events = EventReader(self.launch.events)
         self._since = 0.0
         self._newest = -1
+        self._compared = 0
 
     def go(self, most: int) -> None:
         """Start it and kill until ``most`` kills are done or it has ended by itself; then let it end."""
@@ -188,6 +189,7 @@ class KilledRun:
             self.problems.append(f"the newest checkpoint went back from step {self._newest} to {newest}")
         self._newest = newest
         self.problems += [f"torn after a kill: {name}" for name in damaged_checkpoints(self.save)]
+        self._compared += newest > 0
         if newest and tensor_digests(self.save, newest) != tensor_digests(self.peace.save, newest):
             self.problems.append(f"after a kill, step {newest} differs from the undisturbed run's")
 
@@ -202,7 +204,14 @@ class KilledRun:
         for kill in self.kills:
             kill["recovery_s"] = recovery(kill, self._events.events)
         grace = sum(event["what"] == "grace is over" for event in self._events.events)
-        return {"lost": lost, "repeated": repeated, "equal": equal, "kills": self.kills, "waited_30_s": grace}
+        return {
+            "lost": lost,
+            "repeated": repeated,
+            "equal": equal,
+            "kills": self.kills,
+            "waited_30_s": grace,
+            "compared": self._compared,
+        }
 
     def _deaths_without_a_kill(self) -> Iterator[tuple[int, int]]:
         """Yield (rank, status) of the first death of every start of the ranks in which nobody was killed."""

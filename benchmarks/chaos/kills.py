@@ -22,7 +22,7 @@ from benchmarks.chaos.small_run import DP2, PP2, TP2, Layout, make_corpus, small
 from lcl_megatron.training.ledger_check import check_ledger
 
 LANE = "kills"
-STEPS = 60
+STEPS = 40
 LAYOUTS = (DP2, DP2, TP2, PP2)
 """Cases take turns."""
 SAVE_INTERVAL = 5
@@ -126,5 +126,6 @@ def _summarize(findings: Findings) -> None:
         "p95_recovery_s": round(restarts[int(0.95 * (len(restarts) - 1))], 3) if restarts else None,
         "max_recovery_s": round(restarts[-1], 3) if restarts else None,
         "max_alone_after_s": round(max(alone), 3) if alone else None,
+        "checkpoints_compared": sum(case["compared"] for case in findings.cases),
         "kills_without_recovery": sum(kill["recovery_s"] is None for kill in kills),
     }

@@ -185,7 +185,13 @@ def _read_tokens(place: Path) -> str:
 
 def _summed(found: dict[str, Counter[str]]) -> dict[str, Any]:
     total: Counter[str] = sum(found.values(), Counter())
-    return {"cases": total.total(), "detected": total["refused"], "wrong": total["loaded, wrong"], "kinds": found}
+    return {
+        "cases": total.total(),
+        "detected": total["refused"],
+        "wrong": total["loaded, wrong"],
+        "crashed": total["crashed"],
+        "kinds": found,
+    }
 
 
 def _kills_in_place(seed: int, cases: int, saves: _Saves) -> dict[str, int]:
