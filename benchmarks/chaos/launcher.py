@@ -22,10 +22,12 @@ from typing import Any
 from benchmarks.chaos.processes import fork, join_ranks, redirect_output
 from lcl_megatron.config import RunConfig
 from lcl_megatron.data.batch import StepBatch
+from lcl_megatron.training.ending import ExitStatus
 from lcl_megatron.training.failure import exit_status
 from lcl_megatron.training.loop import train
 from lcl_megatron.training.run import Run
 from lcl_megatron.training.setup import run_from
+from lcl_megatron.training.stop import StopSignal
 
 TORCHRUN_GRACE_S = 30.0
 """What torchrun gives workers between SIGTERM and SIGKILL."""
@@ -174,15 +176,17 @@ class Launch:
 
     def _rank(self, rank: int, store: Path) -> int:
         join_ranks(rank, self.world_size, store, 60 * self.config.parallel.distributed_timeout_minutes)
-        return exit_status(lambda: self._train(rank), seconds_for_rank_0=0.0)
+        # From here on as pretrain_lcl.py.
+        with StopSignal() as stop:
+            return exit_status(lambda: self._train(rank, stop), seconds_for_rank_0=0.0)
 
-    def _train(self, rank: int) -> None:
-        with run_from(self.config) as run:
+    def _train(self, rank: int, stop: StopSignal) -> ExitStatus:
+        with run_from(self.config, stop) as run:
             note(self.events, "ready", rank=rank, step=run.progress.step)
             if self.on_ready is not None:
                 self.on_ready(rank, run)
             run.loader = WatchedLoader(run.loader, self.events, rank)
-            train(run)
+            return train(run).status
 
 
 def _signal(processes: dict[int, int], number: int) -> None:

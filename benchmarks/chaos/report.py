@@ -91,9 +91,10 @@ def _process_rows(figures: dict[str, Any], baseline: dict[str, Any]) -> Iterable
     yield (
         "SIGKILL of a rank, all ranks, the launcher, the writer",
         f"{kills['kills']:,} kills in {kills['runs']} runs",
-        f"{kills['bit_equal_runs']} of {kills['runs']} runs bit-equal to the undisturbed one, and the newest checkpoint "
-        f"after {kills['checkpoints_compared']:,} kills; {kills['rows_lost']} rows lost, {kills['rows_repeated']} repeated "
-        f"of {kills['rows']:,}; rule of three: less than {bound:.2%} of kills lose anything",
+        f"{kills['bit_equal_runs']} of {kills['runs']} runs bit-equal to the undisturbed one, and the newest "
+        f"checkpoint after {kills['checkpoints_compared']:,} kills; {kills['rows_lost']} rows lost, "
+        f"{kills['rows_repeated']} repeated of {kills['rows']:,}; rule of three: less than {bound:.2%} of kills lose "
+        "anything",
         f"after a kill during a second save into the same folder: {in_place}",
     )
     yield (
