@@ -55,11 +55,11 @@ def _batch(cases: Sequence[int], seed: int, folder: Path) -> list[dict[str, Any]
 def _case(number: int, rng: random.Random, own: Path, other: Path) -> dict[str, Any]:
     kind = KINDS_OF_CORPORA[number % len(KINDS_OF_CORPORA)]
     with damaged(kind, own, other, rng) as damage:
-        outcome, message = _outcome(own)
-    return {"case": number, **vars(damage), "outcome": outcome, "message": message}
+        seen_by, message = outcome(own)
+    return {"case": number, **vars(damage), "outcome": seen_by, "message": message}
 
 
-def _outcome(corpus: Path) -> tuple[str, str]:
+def outcome(corpus: Path) -> tuple[str, str]:
     """Return who saw the damage: ``open``, ``verify`` or nobody; and the message."""
     try:
         opened = Corpus.open(corpus)
