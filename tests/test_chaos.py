@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_short_campaign_finds_everything_as_promised() -> None:
     command = [sys.executable, "-m", "benchmarks.chaos", "--short"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)

@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> int:
     adopt_orphans()
     sizes = lanes.SHORT if flags.short else lanes.FULL
     found: dict[str, Findings] = {}
-    begin = time.monotonic()
+    begin, origin = time.monotonic(), report.origin_of(flags.seed)
     with tempfile.TemporaryDirectory(prefix="chaos-") as disk, lanes.memory_folder() as memory:
         for name in lanes.LANES if not flags.only else [flags.only.split(":")[0]]:
             since = time.monotonic()
@@ -84,7 +84,7 @@ def main(arguments: list[str]) -> int:
     failures = [failure for lane in found.values() for failure in lane.failures]
     print(f"{len(failures)} failures, {time.monotonic() - begin:.0f} s")
     if not (flags.short or flags.only or flags.kills):
-        report.write(flags.seed, found)
+        report.write(origin, found)
     print(json.dumps(summary(found)))
     return 1 if failures else 0
 

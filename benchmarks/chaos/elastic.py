@@ -1,28 +1,31 @@
 """Runs that go on with other numbers of ranks: the same tensors, the same rows in the same steps.
 
 A run is trained for some steps in one layout, stops, and goes on in another, which then stops and goes on in a third.
-Tensors are put together without the code that stores them: from each rank's shards as megatron-core describes them,
-before and after. Rows are compared with those of one undisturbed process.
+Weights and moments are put together without the code that stores them, from what each rank holds, before and after.
+Rows are compared with those of one undisturbed process.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from benchmarks.chaos.findings import Findings
 from benchmarks.chaos.launcher import row_digests
 from benchmarks.chaos.processes import call_in_child, call_on_ranks
 from benchmarks.chaos.small_run import DP2, DP2_PP2, DP2_TP2, ONE, PP2, TP2, TP2_PP2, Layout, make_corpus, small_config
 from lcl_megatron.checkpoint import native
+from lcl_megatron.checkpoint.held import held_weights
+from lcl_megatron.checkpoint.optimizer_state import held_state
+from lcl_megatron.checkpoint.shard_file import Region
 from lcl_megatron.config import RunConfig
-from lcl_megatron.parallel.engine import Engine
 from lcl_megatron.training.loop import train
+from lcl_megatron.training.run import Run
 from lcl_megatron.training.setup import run_from
 
 LANE = "elastic"
@@ -98,7 +101,7 @@ def _train(rank: int, config: RunConfig) -> dict[str, Any]:
     """Train until the run ends or is to stop; returns its tensors before and after, and its rows by step."""
     rows: dict[int, Counter[str]] = {}
     with run_from(config) as run:
-        begin = shards(run.engine)
+        begin = shards(run)
         loader = run.loader
 
         def watched() -> Any:
@@ -110,33 +113,37 @@ def _train(rank: int, config: RunConfig) -> dict[str, Any]:
         train(run)
         groups = run.engine.groups
         reads_all = groups.tp_rank == 0 and groups.pp_rank == 0
-        return {"begin": begin, "end": shards(run.engine), "rows": rows, "reads_all": reads_all}
+        return {"begin": begin, "end": shards(run), "rows": rows, "reads_all": reads_all}
 
 
-Shards = list[tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]]
-"""Name, whole shape, place in it, values."""
+@dataclass(frozen=True)
+class Shard:
+    """What a rank holds of a tensor."""
+
+    name: str
+    """Name of the tensor."""
+    region: Region
+    """Which part of it."""
+    values: np.ndarray
+    """(region.numel,) its values."""
 
 
-def shards(engine: Engine) -> Shards:
-    """Return this rank's part of the weights, as megatron-core describes it."""
-    found = []
-    for name, tensor in native.model_state(engine).items():
-        if isinstance(tensor, ShardedTensor):
-            shape = tuple(tensor.global_shape[tensor.prepend_axis_num :])
-            place = tuple(tensor.global_offset[tensor.prepend_axis_num :])
-            key = f"{tensor.key}/{tuple(tensor.global_offset[: tensor.prepend_axis_num])}"
-            found.append((key, shape, place, tensor.data.detach().clone().numpy()))
-        elif tensor is not None and not name.endswith("_extra_state"):
-            raise TypeError(f"{name} is a {type(tensor).__name__}; only sharded tensors can be put together")
-    return found
+def shards(run: Run) -> list[Shard]:
+    """Return this rank's part of the weights and of Adam's moments."""
+    model = native.model_state(run.engine)
+    held = [*held_weights(model), *held_state(run.trainable.optimizer, model)]
+    return [Shard(one.name, one.region, one.tensor.detach().flatten().clone().numpy()) for one in held]
 
 
-def _whole(ranks: list[Shards]) -> dict[str, np.ndarray]:
-    """Return whole tensors."""
+def _whole(ranks: list[list[Shard]]) -> dict[str, np.ndarray]:
+    """Return whole tensors, each element put where its rank says that it belongs."""
     whole: dict[str, np.ndarray] = {}
-    for name, shape, place, values in (shard for rank in ranks for shard in rank):
-        target = whole.setdefault(name, np.full(shape, np.nan, dtype=values.dtype))
-        target[tuple(slice(begin, begin + size) for begin, size in zip(place, values.shape, strict=True))] = values
+    for shard in (shard for rank in ranks for shard in rank):
+        region = shard.region
+        target = whole.setdefault(shard.name, np.full(region.shape, np.nan, dtype=shard.values.dtype))
+        inside = np.unravel_index(np.arange(region.begin, region.end), region.size or (1,))
+        place = tuple(axis + begin for axis, begin in zip(inside, region.offset, strict=False))
+        target[place] = shard.values if region.shape else shard.values[0]
     return whole
 
 
@@ -145,4 +152,6 @@ def _differences(before: dict[str, np.ndarray], after: dict[str, np.ndarray], la
     if before.keys() != after.keys():
         return [f"{layout.name} has other tensors: {sorted(before.keys() ^ after.keys())[:3]}"]
     differing = [name for name in before if before[name].tobytes() != after[name].tobytes()]
+    if any(np.isnan(values).any() for values in after.values()):
+        return [f"{layout.name}: some elements of tensors are on no rank"]
     return [f"loaded into {layout.name}, {len(differing)} tensors differ, first {differing[0]}"] if differing else []

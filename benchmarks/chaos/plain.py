@@ -58,7 +58,7 @@ def run(seed: int, cases: int, folder: Path) -> dict[str, Any]:
             "corpora": _damaged_corpora(seed, cases, folder),
             "kills": _kills_in_place(seed, max(4, cases // 10), saves),
             "writer": saves.kill_a_writer(),
-            "payloads": _payloads(saves),
+            "payloads": _payloads(saves, most=cases),
         }
 
 
@@ -251,21 +251,26 @@ def _what_is_there(saves: _Saves, place: Path) -> str:
     return {(1,): "the old one", (2,): "the new one"}.get(tuple(sorted(values)), "a mixture of both")
 
 
-def _payloads(saves: _Saves) -> dict[str, int]:
-    """Put payloads in the place of every file; returns how many were run."""
+def _payloads(saves: _Saves, most: int) -> dict[str, int]:
+    """Put payloads in the place of every file; returns how many were run.
+
+    Args:
+        saves: what loads.
+        most: payloads to try.
+    """
     own, marker = saves.folder / "own", saves.folder / "marker"
-    tried = executed = 0
-    for path in files_of(own):
+    places = [(own / ".metadata", _hidden((own / ".metadata").read_bytes(), marker))]
+    places += [(path, content) for path in files_of(own) for content in forms(marker).values()]
+    executed = 0
+    for path, content in places[:most]:
         before = path.read_bytes()
-        for content in [*forms(marker).values(), *([_hidden(before, marker)] if path.name == ".metadata" else [])]:
-            path.write_bytes(content)
-            with contextlib.suppress(ChildError):
-                call_on_ranks(saves.load, 2, own)
-            tried += 1
-            executed += marker.is_dir()
-            shutil.rmtree(marker, ignore_errors=True)
+        path.write_bytes(content)
+        with contextlib.suppress(ChildError):
+            call_on_ranks(saves.load, 2, own)
         path.write_bytes(before)
-    return {"payloads": tried, "executed": executed}
+        executed += marker.is_dir()
+        shutil.rmtree(marker, ignore_errors=True)
+    return {"payloads": len(places[:most]), "executed": executed}
 
 
 def _hidden(metadata: bytes, marker: Path) -> bytes:

@@ -21,19 +21,24 @@ LISTED_LANES = ("kills", "storage", "elastic", "numbers", "hangs", "torchrun")
 """Lanes of which the raw results hold every case; of damages and payloads, thousands, they hold the sums."""
 
 
-def write(seed: int, found: dict[str, Findings]) -> None:
-    """Write the tables and the raw results of a whole campaign.
+def origin_of(seed: int) -> dict[str, Any]:
+    """Return what identifies a campaign; to be called at its begin, before anybody changes a file.
 
     Args:
         seed: of the campaign.
+    """
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
+    return {"seed": seed, "commit": commit, "machine": _machine(), "date": f"{datetime.now(UTC):%Y-%m-%d}"}
+
+
+def write(origin: dict[str, Any], found: dict[str, Findings]) -> None:
+    """Write the tables and the raw results of a whole campaign.
+
+    Args:
+        origin: what ``origin_of`` returned.
         found: findings by lane.
     """
-    origin = {
-        "seed": seed,
-        "commit": _commit(),
-        "machine": _machine(),
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
-    }
     lanes = {name: _raw(lane) for name, lane in found.items()}
     RESULTS.write_text(json.dumps({**origin, "lanes": lanes}, indent=1) + "\n", encoding="utf-8")
     text = PAGE.read_text(encoding="utf-8")
@@ -144,7 +149,7 @@ def _run_rows(figures: dict[str, Any]) -> Iterable[tuple[str, ...]]:
             "the one before is whole; the run trains on or stops as told; mended and started again, it ends bit-equal",
         ),
         ("numbers", "NaN or infinity on one rank, gradient spikes", "all ranks skip together, nothing changes"),
-        ("elastic", "resume in another layout", "weights bit-equal, the same rows in the same steps"),
+        ("elastic", "resume in another layout", "weights and moments bit-equal, the same rows in the same steps"),
     ):
         own = figures[lane]
         yield fault, f"{own['cases']}", f"{own['as_promised']} of {own['cases']}: {promise}", "not run"
@@ -199,11 +204,6 @@ def _damage_table(figures: dict[str, Any], baseline: dict[str, Any]) -> list[str
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
     """Return a Markdown table."""
     return [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows)]
-
-
-def _commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 def _machine() -> str:
