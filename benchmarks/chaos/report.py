@@ -39,8 +39,8 @@ def write(origin: dict[str, Any], found: dict[str, Findings]) -> None:
         origin: what ``origin_of`` returned.
         found: findings by lane.
     """
-    lanes = {name: _raw(lane) for name, lane in found.items()}
-    RESULTS.write_text(json.dumps({**origin, "lanes": lanes}, indent=1) + "\n", encoding="utf-8")
+    lanes = ",\n".join(f'"{name}": {_raw(lane)}' for name, lane in found.items())
+    RESULTS.write_text(f'{json.dumps(origin)[:-1]},\n"lanes": {{\n{lanes}\n}}}}\n', encoding="utf-8")
     text = PAGE.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     made = f"{BEGIN}\n{tables(origin, found)}\n{END}"
@@ -48,9 +48,21 @@ def write(origin: dict[str, Any], found: dict[str, Findings]) -> None:
     print(f"wrote {PAGE.relative_to(ROOT)} and {RESULTS.relative_to(ROOT)}")
 
 
-def _raw(lane: Findings) -> dict[str, Any]:
-    cases = lane.cases if lane.lane in LISTED_LANES else []
-    return {"figures": lane.figures, "baseline": lane.baseline, "failures": lane.failures, "cases": cases}
+def _raw(lane: Findings) -> str:
+    """Return a lane as JSON, one line for each case."""
+    cases = ",\n".join(json.dumps(_short(case)) for case in lane.cases if lane.lane in LISTED_LANES)
+    rest = {"figures": lane.figures, "baseline": lane.baseline, "failures": lane.failures}
+    return f'{json.dumps(rest)[:-1]}, "cases": [\n{cases}\n]}}'
+
+
+def _short(case: dict[str, Any]) -> dict[str, Any]:
+    """Return a case with each of its kills as [victim, phase, seconds to recover]."""
+    if "kills" not in case:
+        return case
+    kills = [
+        [kill["target"], kill["phase"], kill["recovery_s"] and round(kill["recovery_s"], 3)] for kill in case["kills"]
+    ]
+    return case | {"kills": kills}
 
 
 def tables(origin: dict[str, Any], found: dict[str, Findings]) -> str:
