@@ -18,6 +18,7 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -72,18 +73,25 @@ def main(arguments: list[str]) -> int:
     adopt_orphans()
     sizes = lanes.SHORT if flags.short else lanes.FULL
     found: dict[str, Findings] = {}
+    crashed = False
     begin, origin = time.monotonic(), report.origin_of(flags.seed)
     with tempfile.TemporaryDirectory(prefix="chaos-") as disk, lanes.memory_folder() as memory:
         for name in lanes.LANES if not flags.only else [flags.only.split(":")[0]]:
             since = time.monotonic()
             places = lanes.Places((flags.folder or Path(disk)) / name, memory / name)
             job = lanes.Job(flags.seed, sizes, places, lanes.cases_of(flags.only), flags.kills)
-            found[name] = lanes.LANES[name](job)
+            try:
+                found[name] = lanes.LANES[name](job)
+            except Exception:
+                traceback.print_exc(file=sys.stdout)
+                found[name] = Findings(name, flags.seed)
+                found[name].fail("all", "the lane ended with an error")
+                crashed = True
             found[name].figures["seconds"] = round(time.monotonic() - since, 1)
             print(f"{name}: {json.dumps(found[name].figures | found[name].baseline)}", flush=True)
     failures = [failure for lane in found.values() for failure in lane.failures]
     print(f"{len(failures)} failures, {time.monotonic() - begin:.0f} s")
-    if not (flags.short or flags.only or flags.kills):
+    if not (flags.short or flags.only or flags.kills or crashed):
         report.write(origin, found)
     print(json.dumps(summary(found)))
     return 1 if failures else 0
