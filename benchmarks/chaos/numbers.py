@@ -120,10 +120,12 @@ def _train(rank: int, config: RunConfig, poison: Poison) -> dict[str, Any]:
     changed: dict[int, bool] = {}
     with run_from(config) as run:
         now = _Now()
-        if rank == poison.rank and poison.kind != "pixels nan":
+        # A spike comes from the data, so tensor-parallel ranks, which share them, have it alike.
+        is_hit = rank == poison.rank or (poison.kind == "spike" and run.engine.groups.tp_size > 1)
+        now.poison = poison if is_hit else None
+        if is_hit and poison.kind != "pixels nan":
             parameter = next(p for p in run.engine.models[0].parameters() if p.requires_grad and p.dim() > 1)
             parameter.register_hook(lambda gradient: gradient * now.factor())
-        now.poison = poison if rank == poison.rank else None
         run.loader = _poisoned(run.loader, run, changed, now)
         ended = False
         try:
