@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -29,7 +30,14 @@ def origin_of(seed: int) -> dict[str, Any]:
     """
     command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
     commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
-    return {"seed": seed, "commit": commit, "machine": _machine(), "date": f"{datetime.now(UTC):%Y-%m-%d}"}
+    return {
+        "seed": seed,
+        "commit": commit,
+        "machine": _machine(),
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        # Of a busy machine: times to recover are those of a busy machine.
+        "load": round(os.getloadavg()[0], 1),
+    }
 
 
 def write(origin: dict[str, Any], found: dict[str, Findings]) -> None:
@@ -77,8 +85,8 @@ def tables(origin: dict[str, Any], found: dict[str, Findings]) -> str:
     failures = sum(len(lane.failures) for lane in found.values())
     seconds = sum(lane["seconds"] for lane in figures.values())
     lines = [
-        f"Seed {origin['seed']}, commit {origin['commit']}, {origin['date']}, {origin['machine']}; {seconds / 60:.0f} "
-        f"minutes; {failures} cases not as promised.",
+        f"Seed {origin['seed']}, commit {origin['commit']}, {origin['date']}, {origin['machine']}, load average "
+        f"{origin['load']} before it began; {seconds / 60:.0f} minutes; {failures} cases not as promised.",
         "",
         *_table(
             ("fault", "tried", "what came of it", "megatron-core's own saving and reading"),
