@@ -17,6 +17,7 @@ from benchmarks.chaos.peace import STUCK_S, Undisturbed
 from benchmarks.chaos.processes import descendants, wait_until_alone, writers
 from benchmarks.chaos.stored import damaged_checkpoints, newest_step, tensor_digests
 from benchmarks.chaos.timeline import differing_rows, recovery, rows_of
+from lcl_megatron.training.ending import ExitStatus
 
 TARGETS = ("rank", "all ranks", "launcher", "writer")
 WEIGHTS = (4, 2, 2, 2)
@@ -214,13 +215,20 @@ class KilledRun:
         }
 
     def _deaths_without_a_kill(self) -> Iterator[tuple[int, int]]:
-        """Yield (rank, status) of the first death of every start of the ranks in which nobody was killed."""
-        times = [kill["time"] for kill in self.kills if kill["target"] != "writer"]
+        """Yield (rank, status) of the first death of every start of the ranks that no kill explains.
+
+        A writer's death ends nobody, unless it was busy with the last checkpoint: a run whose last checkpoint failed
+        ends with the status for that, and is started again.
+        """
         begin, first = 0.0, True
         for event in self._events.events:
             if event["what"] == "start":
                 begin, first = event["time"], True
             elif event["what"] == "death" and event["status"] and first:
                 first = False
-                if not any(begin <= moment <= event["time"] for moment in times):
+                may_be_writer = event["status"] == ExitStatus.CHECKPOINT
+                if not any(
+                    begin <= kill["time"] <= event["time"] and (kill["target"] != "writer" or may_be_writer)
+                    for kill in self.kills
+                ):
                     yield event["rank"], event["status"]
