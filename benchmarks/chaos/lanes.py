@@ -58,16 +58,16 @@ FULL = Sizes(
 )
 SHORT = Sizes(
     kills=12,
-    checkpoints=72,
+    checkpoints=36,
     starts=2,
     corpora=100,
     payload_stride=37,
     storage=2,
     elastic=1,
     numbers=2,
-    hangs=2,
+    hangs=1,
     faults=("rank 1",),
-    baseline=8,
+    baseline=4,
 )
 
 
