@@ -5,6 +5,8 @@
 # make check        what has to pass before a change is proposed: lint and test
 # make bench        all benchmarks that need no GPU; writes their figures into docs/BENCHMARKS.md
 #                   (BENCH_FLAGS="--data-path CORPUS" measures a corpus of your own)
+# make chaos        the fault campaign: kills, damaged files, failing disks, hanging ranks; 20 minutes, docs/RELIABILITY.md
+#                   (CHAOS_FLAGS="--seed 3 --only kills:17" repeats one case)
 # make gpu-check    tests and benchmarks on a machine with a GPU, with that machine's own Python
 
 VENV := .venv
@@ -24,7 +26,7 @@ ASK_INDEX = index=""; if test -n "$(TORCH_INDEX)" && \
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup extras quickstart collapse test lint format check bench gpu-check clean
+.PHONY: setup extras quickstart collapse test lint format check bench chaos gpu-check clean
 
 setup: $(VENV)/.installed
 
@@ -63,6 +65,9 @@ check: lint test
 
 bench: extras
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run_all.py $(BENCH_FLAGS)
+
+chaos: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.chaos $(CHAOS_FLAGS)
 
 gpu-check:
 	$(PYTHON) -m pytest --quiet -m gpu

@@ -117,7 +117,10 @@ class Lease:
         self._stopped.set()
         self._beating.join()
         if self._is_ours():
-            self.path.unlink()
+            # In a folder that has become read-only it stays; it must not hide the error that the run ends with, and the
+            # next run sees that its owner is gone.
+            with contextlib.suppress(OSError):
+                self.path.unlink()
         os.close(self._descriptor)
 
     def _is_ours(self) -> bool:

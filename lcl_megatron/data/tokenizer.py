@@ -69,7 +69,8 @@ class Tokenizer:
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(model)
-        except RuntimeError as error:
+        # The latter where SentencePiece's complaint quotes a piece that is no text.
+        except (RuntimeError, UnicodeDecodeError) as error:
             raise ConfigError(
                 f"{name} is not a SentencePiece model ({len(model)} bytes); make one with tools/train_tokenizer.py"
             ) from error

@@ -161,6 +161,14 @@ def test_files_that_are_no_model_are_refused(tmp_path: Path):
         Tokenizer.load(tmp_path / "absent.model")
 
 
+def test_a_model_with_a_flipped_bit_in_a_piece_is_refused(tmp_path: Path):
+    model = train_tokenizer(["some text"], tmp_path / "whole.model", 300).model
+    assert model.count(b"<0x00>") == 1
+    (tmp_path / "flipped.model").write_bytes(model.replace(b"<0x00>", b"\xbc0x00>"))
+    with pytest.raises(ConfigError, match=r"flipped.model is not a SentencePiece model"):
+        Tokenizer.load(tmp_path / "flipped.model")
+
+
 def test_a_vocabulary_too_small_for_the_bytes_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match="vocabulary of 100 .*choose a larger size"):
         train_tokenizer(["some text"], tmp_path / "small.model", 100)

@@ -2,7 +2,7 @@
 
 A corpus is a folder that ``corpus_writer`` wrote in one piece and that never changes afterwards::
 
-    manifest.json           format, tokenizer, sources, counts, sizes and SHA-256 of every file
+    manifest.json           format, tokenizer, sources, counts, sizes and SHA-256 of every file, and of itself
     tokenizer.model         the tokenizer that made the tokens
     tokens.bin/.idx         one sequence per text segment, one document per document (uint16 or int32)
     images.bin/.idx         one sequence per image: its encoded bytes (uint8)
@@ -46,6 +46,11 @@ CONTENT_FILES: tuple[str, ...] = (
     "tokenizer.model",
 )
 """The files that make up the content; ``Corpus.fingerprint`` is the hash of their hashes."""
+MANIFEST_KEYS = frozenset(
+    "format format_version fingerprint tokenizer image_processing counts document_lengths document_images rejected "
+    "inputs sources files sha256".split()
+)
+"""All fields of a manifest. ``sha256`` came last: corpora of earlier releases lack it, and are read without it."""
 
 
 class Corpus:
@@ -288,7 +293,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{FORMAT_VERSION}: preprocess the data again"
         )
     missing = {"fingerprint", "tokenizer", "counts", "sources", "files"} - manifest.keys()
-    if missing or fingerprint(manifest["files"]) != manifest["fingerprint"]:
+    # A field that nobody knows may be one whose name was damaged, such as that of the hash.
+    if (
+        missing
+        or not manifest.keys() <= MANIFEST_KEYS
+        or fingerprint(manifest["files"]) != manifest["fingerprint"]
+        or manifest.get("sha256", manifest_hash(manifest)) != manifest_hash(manifest)
+    ):
         raise CorpusError(f"{path / 'manifest.json'} contradicts itself: it was changed after it was written")
     for name, entry in manifest["files"].items():
         file = path / name
@@ -308,7 +319,8 @@ def load_array(path: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     """
     try:
         array: np.ndarray = np.load(path, mmap_mode="r" if np.prod(shape) else None, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    # A damaged header raises nearly anything, down to the errors of Python's tokenizer.
+    except Exception as error:
         # numpy's own words may advise to unpickle it.
         is_objects = "pickle" in str(error) or "Python objects" in str(error)
         what = "holds Python objects, which are not loaded" if is_objects else f"is no array ({error})"
@@ -325,6 +337,12 @@ def fingerprint(files: dict[str, dict[str, Any]]) -> str:
     """Return the hash that names a corpus's content, from the ``files`` section of its manifest."""
     lines = "".join(f"{name} {files[name]['sha256']}\n" for name in sorted(CONTENT_FILES) if name in files)
     return hashlib.sha256(lines.encode("utf-8")).hexdigest()
+
+
+def manifest_hash(manifest: dict[str, Any]) -> str:
+    """Return the SHA-256 of a manifest's content without the hash itself, as hex."""
+    content = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
 
 
 def file_sha256(path: Path) -> str:

@@ -39,6 +39,7 @@ from lcl_megatron.data.storage.corpus import (
     Corpus,
     file_sha256,
     fingerprint,
+    manifest_hash,
 )
 from lcl_megatron.data.storage.corpus_part import (
     BLOBS,
@@ -199,7 +200,8 @@ class CorpusWriter:
         for name in (*IMAGE_ARRAYS, "document_source"):
             self._write_array(name)
         (self._corpus / "tokenizer.model").write_bytes(self._tokenizer.model)
-        manifest = json.dumps(self._manifest(), indent=1, ensure_ascii=False) + "\n"
+        content = self._manifest()
+        manifest = json.dumps(content | {"sha256": manifest_hash(content)}, indent=1, ensure_ascii=False) + "\n"
         (self._corpus / "manifest.json").write_text(manifest, encoding="utf-8")
         sync_folder(self._corpus)
 

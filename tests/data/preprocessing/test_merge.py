@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from lcl_megatron.config.errors import ConfigError
 from lcl_megatron.data.preprocessing.merge import MergeConfig, merge_corpora
 from lcl_megatron.data.preprocessing.preprocess import PreprocessConfig, preprocess
-from lcl_megatron.data.storage.corpus import CONTENT_FILES, Corpus
+from lcl_megatron.data.storage.corpus import CONTENT_FILES, Corpus, manifest_hash
 from lcl_megatron.data.storage.corpus_writer import write_corpus
 from lcl_megatron.data.storage.indexed_file import CorpusError
 from tests.data.corpora import random_documents, tiny_tokenizer
@@ -205,6 +205,7 @@ def test_corpora_whose_images_were_treated_in_another_way_are_refused(mmc4, shar
     first = make(mmc4, shards[:2], tokenizer_path, tmp_path / "first")
     second = make(mmc4, shards[3:], tokenizer_path, tmp_path / "second")
     manifest = second.manifest | {"image_processing": {"resize_short_side": 224}}
+    manifest["sha256"] = manifest_hash(manifest)
     (second.path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"second treats images in another way \(\{'resize_short_side': 224\}\) than"):
         merge_corpora(MergeConfig(input=(first.path, second.path), output=tmp_path / "merged"))

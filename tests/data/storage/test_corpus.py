@@ -22,7 +22,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 
 from lcl_megatron.config.errors import ConfigError
 from lcl_megatron.data.document import ImageKind, ImageSegment, Source
-from lcl_megatron.data.storage.corpus import CONTENT_FILES, Corpus, load_array
+from lcl_megatron.data.storage.corpus import CONTENT_FILES, Corpus, load_array, manifest_hash
 from lcl_megatron.data.storage.corpus_part import EncodedDocument, StoredImage
 from lcl_megatron.data.storage.corpus_writer import write_corpus
 from lcl_megatron.data.storage.indexed_file import CorpusError
@@ -257,25 +257,50 @@ def test_a_flipped_bit_is_found_by_verify(corpus: Corpus, name: str):
         (lambda m: m.update(format="other"), "format 'other'"),
         (lambda m: m.pop("counts"), "contradicts itself"),
         (lambda m: m["files"]["tokens.bin"].update(sha256="0" * 64), "contradicts itself"),
+        (lambda m: m.update(sha25=m.pop("sha256")), "contradicts itself"),
         (lambda m: m["counts"].update(images=1), r"holds \d+ images; its manifest says 1"),
         (lambda m: m["tokenizer"].update(token_range=[0, 10**6]), "token ids from 0 to 1000000"),
         (lambda m: m["tokenizer"].update(vocab_size=5), "vocabulary of 5"),
     ],
 )
 def test_a_manifest_that_was_changed_is_refused(corpus: Corpus, change, message: str):
+    """Also with a hash that fits: what it says is compared with what is there."""
     manifest = json.loads((corpus.path / "manifest.json").read_text(encoding="utf-8"))
     change(manifest)
+    if "sha256" in manifest:
+        manifest["sha256"] = manifest_hash(manifest)
     (corpus.path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises((CorpusError, ValueError), match=message):
         Corpus.open(corpus.path)
+
+
+def test_a_changed_value_that_nothing_can_contradict_is_refused_by_the_manifests_own_hash(corpus: Corpus):
+    path = corpus.path / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest["counts"]["image_bytes"] += 1
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(CorpusError, match="contradicts itself: it was changed after it was written"):
+        Corpus.open(corpus.path)
+    del manifest["sha256"]
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    assert Corpus.open(corpus.path).num_images == corpus.num_images, "corpora of earlier releases have no such hash"
 
 
 def test_a_side_array_that_would_run_code_is_not_loaded(corpus: Corpus):
     np.save(corpus.path / "image_width.npy", np.array([print], dtype=object), allow_pickle=True)
     manifest = json.loads((corpus.path / "manifest.json").read_text(encoding="utf-8"))
     manifest["files"]["image_width.npy"]["bytes"] = (corpus.path / "image_width.npy").stat().st_size
+    manifest["sha256"] = manifest_hash(manifest)
     (corpus.path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises(CorpusError, match="image_width.npy holds Python objects, which are not loaded; expected int32"):
+        Corpus.open(corpus.path)
+
+
+def test_a_side_array_with_a_damaged_header_is_refused(corpus: Corpus):
+    path = corpus.path / "image_width.npy"
+    # Python's tokenizer reads the header; its error is no ValueError.
+    path.write_bytes(path.read_bytes().replace(b"}", b"{", 1))
+    with pytest.raises(CorpusError, match=r"image_width.npy is no array \(.*; expected int32 .*: it is damaged"):
         Corpus.open(corpus.path)
 
 

@@ -1,0 +1,1 @@
+"""A seeded campaign of faults against real runs: ``python -m benchmarks.chaos`` (``make chaos``)."""
