@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from lcl_megatron.checkpoint import native
+from lcl_megatron.checkpoint.folders import Progress, step_folder
 from lcl_megatron.checkpoint.held import held_weights
 from lcl_megatron.checkpoint.manifest import verify
 from lcl_megatron.checkpoint.optimizer_state import held_state
@@ -63,16 +64,16 @@ def measure(trainable: native.Trainable, folder: Path, repeats: int) -> dict[str
     saver = Saver(CheckpointConfig(save=str(folder), on_save_error="stop"), groups, "benchmark", lease=None)
     waits, durable = [], []
     for step in range(repeats + 1):
-        images = native.images(trainable, native.Progress(step=step), b"tokenizer")
+        progress = Progress(step=step)
         begin = time.perf_counter()
-        saver.begin(step, lambda images=images: images)  # type: ignore[misc]
+        saver.begin(step, lambda progress=progress: native.files(trainable, progress, b"tokenizer"))  # type: ignore[misc]
         waits.append(time.perf_counter() - begin)
         saver.finish()
         durable.append(time.perf_counter() - begin)
         if step:
-            shutil.rmtree(native.step_folder(folder, step - 1))
+            shutil.rmtree(step_folder(folder, step - 1))
     saver.close()
-    last = native.step_folder(folder, repeats)
+    last = step_folder(folder, repeats)
     size = sum(file.stat().st_size for file in last.iterdir())
     return {
         "gigabytes": size / 1e9,
@@ -109,13 +110,15 @@ def main() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     with tempfile.TemporaryDirectory(prefix="checkpoints-", dir=flags.folder) as scratch:
         trainable = build(flags.preset)
-        parameters = sum(map(count_parameters, trainable.engine.models))
-        report: dict[str, Any] = {"preset": flags.preset, "parameters_m": parameters / 1e6}
-        report |= measure(trainable, Path(scratch) / "ours", flags.repeats)
-        shutil.rmtree(Path(scratch) / "ours")
-        if flags.baseline:
-            report["megatron_core_wait_s"] = baseline(trainable, Path(scratch) / "megatron_core")
-        trainable.engine.groups.destroy()
+        try:
+            parameters = sum(map(count_parameters, trainable.engine.models))
+            report: dict[str, Any] = {"preset": flags.preset, "parameters_m": parameters / 1e6}
+            report |= measure(trainable, Path(scratch) / "ours", flags.repeats)
+            shutil.rmtree(Path(scratch) / "ours")
+            if flags.baseline:
+                report["megatron_core_wait_s"] = baseline(trainable, Path(scratch) / "megatron_core")
+        finally:
+            trainable.engine.groups.destroy()
     for name, value in report.items():
         print(f"{name:20} {value:,.3f}" if isinstance(value, float) else f"{name:20} {value}")
     print(json.dumps(report))
