@@ -25,7 +25,7 @@ from typing import Any
 
 from lcl_megatron.checkpoint.folders import step_folder
 from lcl_megatron.checkpoint.lease import Lease, LeaseError
-from lcl_megatron.checkpoint.manifest import CheckpointError, DamagedCheckpointError, read_manifest
+from lcl_megatron.checkpoint.manifest import CheckpointError, read_manifest
 from lcl_megatron.checkpoint.shard_writer import PRUNED_PREFIX, STAGING_PREFIX
 from lcl_megatron.checkpoint.writer_process import NewFile, WriteError, WriterProcess
 from lcl_megatron.config import CheckpointConfig
@@ -231,7 +231,7 @@ class Saver:
             staging.mkdir(parents=True)
         except LeaseError as error:
             return _Prepared(taken_over=str(error))
-        except DamagedCheckpointError as error:
+        except CheckpointError as error:
             return _Prepared(error=f"{error}; it is in the way: move it away")
         except OSError as error:
             return _Prepared(error=str(error))

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from lcl_megatron.checkpoint import manifest
 from lcl_megatron.checkpoint.lease import LEASE_FILE, Lease, LeaseError
 from lcl_megatron.checkpoint.manifest import verify
 from lcl_megatron.checkpoint.saver import SaveError, Saver, remove_remains
@@ -203,6 +204,25 @@ def test_a_file_in_the_way_is_an_error_on_all_ranks_and_costs_nothing_else(tmp_p
         assert "rank 1" not in str(e.value)
 
     on_two_ranks(body, tmp_path / "root", on_save_error="stop")
+
+
+def test_a_checkpoint_of_another_version_is_not_written_over_on_any_rank(
+    tmp_path: Path, on_two_ranks: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 alone looks, and the others hear of it."""
+
+    def body(saver: Saver, groups: ProcessGroups, root: Path) -> None:
+        with pytest.raises(SaveError, match=r"format .*99.* take the version that wrote it; it is in the way"):
+            _begin(saver, groups, 1)
+
+    folder = tmp_path / "step-00000001"
+    folder.mkdir()
+    monkeypatch.setattr(manifest, "FORMAT_VERSION", 99)
+    content = manifest.Manifest(1, "later", {}).text()
+    monkeypatch.undo()
+    (folder / manifest.MANIFEST_FILE).write_text(content)
+    on_two_ranks(body, tmp_path, on_save_error="stop")
+    assert (folder / manifest.MANIFEST_FILE).read_text() == content
 
 
 @pytest.mark.parametrize("is_folder", [False, True])
