@@ -6,13 +6,13 @@ import hashlib
 from pathlib import Path
 
 from lcl_megatron.checkpoint import manifest
-from lcl_megatron.checkpoint.folders import find_latest, step_folder
+from lcl_megatron.checkpoint.folders import complete_checkpoints, step_folder, step_of
 
 
 def newest_step(root: Path) -> int:
     """Return the step of the newest checkpoint whose name is complete; 0 = none."""
-    newest = find_latest(root)
-    return int(newest.name.split("-")[1]) if newest else 0
+    found = complete_checkpoints(root)
+    return step_of(found[0]) if found else 0
 
 
 def damaged_checkpoints(root: Path) -> list[str]:

@@ -64,11 +64,6 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file() or STEP_FOLDER.fullmatch(folder.resolve().name) is not None
 
 
-def find_latest(root: str | Path) -> Path | None:
-    """Return the first of ``complete_checkpoints``; None if there is none."""
-    return next(iter(complete_checkpoints(root)), None)
-
-
 def read_config(checkpoint: Path) -> RunConfig:
     """Return the configuration of the run that wrote a checkpoint.
 

@@ -15,7 +15,6 @@ that only later weights show is not reproduced unless the checkpoint is of the s
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -32,6 +31,7 @@ from lcl_megatron.checkpoint.manifest import CheckpointError
 from lcl_megatron.checkpoint.reader import CheckpointReader
 from lcl_megatron.config import ParallelConfig, RunConfig
 from lcl_megatron.data.loader import StepLoader
+from lcl_megatron.data.planning.mixture import fingerprint_of
 from lcl_megatron.parallel import engine as engines
 from lcl_megatron.parallel.agreement import agree
 from lcl_megatron.training.objective import Objective
@@ -129,8 +129,8 @@ def find_step(
         source = (
             f"{progress.consumed_rows} before {checkpoint.name}, {behind} steps of {training.global_batch_size} rows"
         )
-        # As ``Plan.fingerprint``: the corpora, which may have been named anew, must be those of the checkpoint.
-        data = hashlib.sha256(json.dumps(progress.data).encode()).hexdigest() if progress.data else ""
+        # The corpora, which may have been named anew, must be those of the checkpoint.
+        data = fingerprint_of(progress.data) if progress.data else ""
     return ReplayedStep(step, checkpoint, first_row, source, config, data)
 
 

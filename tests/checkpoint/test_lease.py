@@ -79,8 +79,10 @@ def test_a_process_number_that_another_process_has_got_is_not_taken_for_the_owne
     first = Lease(tmp_path, "first", beat_s=3600)
     _edit(tmp_path, born="12345")  # this process's number, and another birth
     second = Lease(tmp_path, "second", expires_s=3600)
+    assert _attempt(tmp_path) == "second"
     second.close()
     first.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_process_number_of_another_container_says_nothing(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from lcl_megatron.checkpoint.folders import (
     CONFIG_FILE,
     TOKENIZER_FILE,
     Progress,
-    find_latest,
+    complete_checkpoints,
     read_config,
     step_folder,
     step_of,
@@ -63,17 +63,17 @@ def test_checkpoint_holds_configuration_and_tokenizer_and_nothing_is_left_beside
 
 
 def test_latest_is_the_highest_complete_step(tmp_path: Path) -> None:
-    assert find_latest(tmp_path / "absent") is None
-    assert find_latest(tmp_path) is None
+    assert complete_checkpoints(tmp_path / "absent") == []
+    assert complete_checkpoints(tmp_path) == []
     for name in ("step-00000009", "step-00000010", "step-100000000", ".staging-step-200000000", "step-x", "step-12"):
         (tmp_path / name).mkdir()
     (tmp_path / "step-300000000").write_text("a file, not a folder")
-    assert find_latest(tmp_path) == tmp_path / "step-100000000"
+    assert complete_checkpoints(tmp_path)[0] == tmp_path / "step-100000000"
 
 
 def test_latest_of_a_checkpoint_is_itself(saved: Path) -> None:
-    assert find_latest(saved) == saved / "step-00000002"
-    assert find_latest(str(saved / "step-00000001")) == saved / "step-00000001"
+    assert complete_checkpoints(saved)[0] == saved / "step-00000002"
+    assert complete_checkpoints(str(saved / "step-00000001"))[0] == saved / "step-00000001"
 
 
 def test_step_of_is_the_inverse_of_step_folder() -> None:
@@ -91,7 +91,7 @@ def _save_over_leftovers(rank: int, world_size: int, root: Path) -> tuple[dict[s
     (staging,) = root.iterdir()
     assert staging.name.startswith(".staging-step-00000007-")
     (staging / "vision-weights-00009.safetensors").write_bytes(b"of an earlier layout")
-    assert find_latest(root) is None
+    assert complete_checkpoints(root) == []
     remove_remains(root)
     assert list(root.iterdir()) == []
     native.save(root, trainable, progress, b"")

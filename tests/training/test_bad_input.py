@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lcl_megatron.checkpoint.folders import find_latest
+from lcl_megatron.checkpoint.folders import complete_checkpoints
 from lcl_megatron.checkpoint.manifest import CheckpointError
 from lcl_megatron.config import ConfigError, RunConfig
 from lcl_megatron.config.image import BLANK_PIXEL
@@ -177,8 +177,7 @@ def test_too_many_bad_images_end_the_run_with_a_checkpoint(tmp_path: Path) -> No
     num_bad, num_seen = int(words[0]), int(words[4])
     assert num_seen >= 1000
     assert num_bad / num_seen == pytest.approx(0.5, abs=0.02)
-    latest = find_latest(tmp_path / "checkpoints")
-    assert latest is not None
+    latest = complete_checkpoints(tmp_path / "checkpoints")[0]
     assert latest.name == f"step-{run.progress.step:08d}"
     assert run.progress.step == -(-1000 // 24)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lcl_megatron.checkpoint.folders import find_latest, read_config
+from lcl_megatron.checkpoint.folders import complete_checkpoints, read_config
 from lcl_megatron.config import CheckpointConfig
 from lcl_megatron.config.toml import to_toml
 from tests.training.small_runs import DataFolder, plain_document, read_reports, small_config, train_and_read
@@ -71,8 +71,7 @@ def test_two_context_parallel_ranks_train_as_one_process_does(tmp_path: Path) ->
     assert sum(report["data/bad_images"] for report in two) > 0
 
     # The checkpoint of two ranks goes on on one.
-    saved = find_latest(tmp_path / "saved-by-two")
-    assert saved is not None
+    saved = complete_checkpoints(tmp_path / "saved-by-two")[0]
     assert read_config(saved).parallel.context_parallel_size == 2
     training = dataclasses.replace(config.training, train_iters=STEPS + 1)
     after = {

@@ -85,7 +85,7 @@ class RowSequence:
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of ``description``."""
-        return hashlib.sha256(json.dumps(self.description).encode()).hexdigest()
+        return fingerprint_of(self.description)
 
     def read(self, first_row: int, num_rows: int) -> RowBlock:
         """Return the rows [first_row, first_row + num_rows)."""
@@ -210,3 +210,8 @@ def _check_distinct(corpora: Sequence[Corpus], views: Sequence[str]) -> None:
                 "would come twice, side by side; give it once, with a greater weight in --mixture-weights"
             )
         seen[corpus.fingerprint, view] = corpus
+
+
+def fingerprint_of(description: dict[str, str]) -> str:
+    """Return the SHA-256 (hex) of what decides a sequence of rows; the order of the names counts."""
+    return hashlib.sha256(json.dumps(description).encode()).hexdigest()
